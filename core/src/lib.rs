@@ -3,7 +3,29 @@
 //! This crate is pure: no I/O, no async, no `unsafe`. Every byte that Dormouse writes to a store is laid out
 //! here and nowhere else; `docs/FORMAT.md` is the same in prose.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod domain;
+pub mod envelope;
+pub mod error;
+pub mod frame;
+pub mod id;
+pub mod limits;
+pub mod name;
+pub mod pack;
 pub mod page;
+pub mod reference;
+pub mod root;
+pub mod section;
+pub mod wire;
 
+pub use domain::{Domain, DomainId, DomainKey};
+pub use error::FormatError;
+pub use frame::{Codec, FrameRef};
+pub use id::{ChunkId, Digest, FrameHash, PackId, RootId, SnapshotId};
+pub use name::{ImageId, Name};
+pub use pack::{PackBuilder, PackFooter, PackRef};
 pub use page::*;
+pub use reference::Reference;
+pub use root::{BlobEntry, ImageEntry, ImageKind, Root, SectionEntry};
+pub use section::{Section, SectionBuilder};

@@ -1,0 +1,197 @@
+//! Frames: up to 32 pages compressed together, the unit of fetch, verify and decode.
+
+use std::cell::RefCell;
+
+use crate::{
+    domain::Domain,
+    error::FormatError,
+    id::FrameHash,
+    limits::{META_FRAME_BYTES_MAX, PACK_BYTES_MAX},
+    page::{FRAME_PAGES_MAX, PAGE_BYTES},
+    wire::{Reader, Writer},
+};
+
+/// Context under which frames are sealed.
+const CONTEXT: &str = "frame";
+
+/// How a frame's bytes are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Codec {
+    /// As they are.
+    Raw = 0,
+    /// One zstd frame (RFC 8878) with its content size, without checksum or dictionary.
+    Zstd = 1,
+}
+
+impl Codec {
+    fn from_u8(v: u8) -> Option<Self> {
+        match v {
+            0 => Some(Codec::Raw),
+            1 => Some(Codec::Zstd),
+            _ => None,
+        }
+    }
+}
+
+/// Where a frame is and what it must look like when it arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameRef {
+    /// Index into the pack table of the object that holds this reference.
+    pub pack: u32,
+    /// Byte offset within the pack.
+    pub offset: u32,
+    /// Bytes as stored.
+    pub stored_bytes: u32,
+    /// Bytes once decoded.
+    pub raw_bytes: u32,
+    /// How it is stored.
+    pub codec: Codec,
+    /// Hash of the stored bytes.
+    pub hash: FrameHash,
+}
+
+impl FrameRef {
+    /// Fewest bytes a reference takes when written.
+    pub const BYTES_MIN: usize = 4 + 1 + FrameHash::BYTES;
+
+    /// Pages in a frame of pages.
+    pub fn pages(&self) -> usize {
+        self.raw_bytes as usize / PAGE_BYTES
+    }
+
+    /// The byte range of the frame within its pack.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        let start = u64::from(self.offset);
+        start..start + u64::from(self.stored_bytes)
+    }
+
+    /// Appends the reference.
+    pub fn write(&self, w: &mut Writer) {
+        w.varint(u64::from(self.pack));
+        w.varint(u64::from(self.offset));
+        w.varint(u64::from(self.stored_bytes));
+        w.varint(u64::from(self.raw_bytes));
+        w.u8(self.codec as u8);
+        w.bytes(&self.hash.0);
+    }
+
+    /// Reads a reference into a table of `packs` packs.
+    pub fn read(r: &mut Reader<'_>, packs: usize) -> Result<Self, FormatError> {
+        let pack = r.bounded("pack index", packs.saturating_sub(1) as u64)?;
+        if packs == 0 {
+            return Err(r.malformed("a frame reference without a pack table"));
+        }
+        let offset = r.bounded("frame offset", PACK_BYTES_MAX)?;
+        let stored_bytes = r.bounded("stored frame bytes", PACK_BYTES_MAX - offset)?;
+        let raw_bytes = r.bounded("raw frame bytes", META_FRAME_BYTES_MAX as u64)?;
+        let codec = Codec::from_u8(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
+        Ok(FrameRef {
+            pack: pack as u32,
+            offset: offset as u32,
+            stored_bytes: stored_bytes as u32,
+            raw_bytes: raw_bytes as u32,
+            codec,
+            hash: FrameHash(r.array()?),
+        })
+    }
+
+    /// Checks that this refers to a frame of pages: 1 to 32 whole ones.
+    pub fn check_pages(&self) -> Result<(), FormatError> {
+        let raw = self.raw_bytes as usize;
+        if raw == 0 || !raw.is_multiple_of(PAGE_BYTES) || raw > FRAME_PAGES_MAX * PAGE_BYTES {
+            return Err(FormatError::Malformed { what: "frame reference", why: "not 1 to 32 whole pages" });
+        }
+        Ok(())
+    }
+
+    /// Verifies, opens and decodes the frame's stored bytes.
+    ///
+    /// # Errors
+    /// [`FormatError::HashMismatch`] before anything else is looked at; then what opening or decoding finds.
+    pub fn decode(&self, domain: &Domain, stored: &[u8]) -> Result<Vec<u8>, FormatError> {
+        if stored.len() != self.stored_bytes as usize {
+            return Err(FormatError::Truncated("frame"));
+        }
+        if FrameHash::of(stored) != self.hash {
+            return Err(FormatError::HashMismatch("frame"));
+        }
+        let opened = domain.open(CONTEXT, stored)?;
+        let raw_bytes = self.raw_bytes as usize;
+        let raw = match self.codec {
+            Codec::Raw => opened.into_owned(),
+            Codec::Zstd => decompress(&opened, raw_bytes, "frame")?,
+        };
+        if raw.len() == raw_bytes { Ok(raw) } else { Err(FormatError::Undecodable("frame")) }
+    }
+}
+
+/// A frame encoded and ready to be put in a pack.
+#[derive(Clone, Debug)]
+pub struct EncodedFrame {
+    /// Bytes to store.
+    pub stored: Vec<u8>,
+    /// Bytes before encoding.
+    pub raw_bytes: u32,
+    /// How they are stored.
+    pub codec: Codec,
+    /// Hash of `stored`.
+    pub hash: FrameHash,
+}
+
+impl EncodedFrame {
+    /// Compresses and seals `raw`; what does not shrink is stored as it is.
+    pub fn encode(domain: &Domain, raw: &[u8], level: i32) -> Self {
+        let compressed = compress(raw, level);
+        let (codec, bytes) = match compressed {
+            // Decoding costs time: less than 1/64 saved does not pay for it.
+            Some(c) if c.len() + raw.len() / 64 < raw.len() => (Codec::Zstd, c),
+            _ => (Codec::Raw, raw.to_vec()),
+        };
+        let stored = domain.seal(CONTEXT, bytes);
+        let hash = FrameHash::of(&stored);
+        EncodedFrame { stored, raw_bytes: raw.len() as u32, codec, hash }
+    }
+}
+
+thread_local! {
+    // A zstd context is hundreds of KiB to set up; each thread keeps its own between frames.
+    static COMPRESSOR: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Compresses `raw`, or `None` if zstd fails (it is then stored raw).
+pub(crate) fn compress(raw: &[u8], level: i32) -> Option<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|slot| {
+        if slot.as_ref().is_none_or(|(l, _)| *l != level) {
+            *slot = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+        }
+        slot.as_mut()?.1.compress(raw).ok()
+    })
+}
+
+/// Compresses metadata, which is always stored compressed.
+///
+/// # Panics
+/// Where zstd cannot allocate a few hundred KiB, as any allocation in Rust would.
+pub(crate) fn compress_metadata(raw: &[u8], level: i32) -> Vec<u8> {
+    match compress(raw, level) {
+        Some(stored) => stored,
+        None => panic!("out of memory: zstd could not compress {} bytes of metadata", raw.len()),
+    }
+}
+
+/// Decompresses to exactly `raw_bytes`, which the caller has bounded.
+pub(crate) fn decompress(
+    stored: &[u8],
+    raw_bytes: usize,
+    what: &'static str,
+) -> Result<Vec<u8>, FormatError> {
+    DECOMPRESSOR.with_borrow_mut(|slot| {
+        if slot.is_none() {
+            *slot = zstd::bulk::Decompressor::new().ok();
+        }
+        let raw = slot.as_mut().and_then(|d| d.decompress(stored, raw_bytes).ok());
+        raw.filter(|r| r.len() == raw_bytes).ok_or(FormatError::Undecodable(what))
+    })
+}
