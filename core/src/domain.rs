@@ -20,6 +20,8 @@ use crate::{
 pub const SEAL_OVERHEAD_BYTES: usize = NONCE_BYTES + TAG_BYTES;
 const NONCE_BYTES: usize = 24;
 const TAG_BYTES: usize = 16;
+const CONTENT_PURPOSE: &str = "dormouse 2026 v1 logical content";
+const SNAPSHOT_PURPOSE: &str = "dormouse 2026 v1 snapshot id";
 
 /// Which domain an object belongs to; all zero for the one that is not encrypted.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,6 +81,7 @@ impl fmt::Debug for DomainKey {
 #[derive(Clone)]
 struct Keys {
     chunk: Digest,
+    content: Digest,
     snapshot: Digest,
     name: Digest,
     nonce: Digest,
@@ -109,7 +112,8 @@ impl Domain {
         let aead_key = key.derive("dormouse 2026 v1 aead");
         let keys = Keys {
             chunk: key.derive("dormouse 2026 v1 chunk id"),
-            snapshot: key.derive("dormouse 2026 v1 snapshot id"),
+            content: key.derive(CONTENT_PURPOSE),
+            snapshot: key.derive(SNAPSHOT_PURPOSE),
             name: key.derive("dormouse 2026 v1 name"),
             nonce: key.derive("dormouse 2026 v1 nonce"),
             aead: XChaCha20Poly1305::new(GenericArray::from_slice(&aead_key)),
@@ -135,11 +139,20 @@ impl Domain {
         })
     }
 
-    /// A hasher for logical content (snapshots, sections, blobs) in this domain.
+    /// A hasher for the logical content of sections and blobs in this domain.
     pub fn content_hasher(&self) -> blake3::Hasher {
         match &self.keys {
+            Some(keys) => blake3::Hasher::new_keyed(&keys.content),
+            None => blake3::Hasher::new_derive_key(CONTENT_PURPOSE),
+        }
+    }
+
+    /// A hasher for snapshot identities: apart from [`Domain::content_hasher`], because whoever chooses the bytes
+    /// of a device-state blob must not thereby choose a snapshot's identity.
+    pub(crate) fn snapshot_hasher(&self) -> blake3::Hasher {
+        match &self.keys {
             Some(keys) => blake3::Hasher::new_keyed(&keys.snapshot),
-            None => blake3::Hasher::new_derive_key("dormouse 2026 v1 logical content"),
+            None => blake3::Hasher::new_derive_key(SNAPSHOT_PURPOSE),
         }
     }
 
@@ -153,15 +166,22 @@ impl Domain {
 
     /// Seals `plain`, bound to `context` (what kind of object this is). Plain domains return it as it is.
     pub fn seal(&self, context: &'static str, plain: Vec<u8>) -> Vec<u8> {
+        self.seal_with(context, &[], plain)
+    }
+
+    /// As [`Domain::seal`], and bound to `header` too: bytes stored in the clear beside the sealed ones. Their
+    /// number is fixed for each context, so that what is hashed into the nonce has one reading only.
+    pub(crate) fn seal_with(&self, context: &'static str, header: &[u8], plain: Vec<u8>) -> Vec<u8> {
         let Some(keys) = &self.keys else { return plain };
+        let bound = bound_bytes(context, header);
         let mut hasher = blake3::Hasher::new_keyed(&keys.nonce);
-        hasher.update(context.as_bytes()).update(&[0]).update(&plain);
+        hasher.update(&bound).update(&plain);
         let digest = hasher.finalize();
         let nonce = XNonce::from_slice(&digest.as_bytes()[..NONCE_BYTES]);
         let mut out = Vec::with_capacity(plain.len() + SEAL_OVERHEAD_BYTES);
         out.extend_from_slice(nonce);
         out.extend_from_slice(&plain);
-        match keys.aead.encrypt_in_place_detached(nonce, context.as_bytes(), &mut out[NONCE_BYTES..]) {
+        match keys.aead.encrypt_in_place_detached(nonce, &bound, &mut out[NONCE_BYTES..]) {
             Ok(tag) => out.extend_from_slice(&tag),
             // Only for plaintexts over 256 GiB, 2^16 times the largest object the format allows.
             Err(_) => unreachable!("the plaintext is over the cipher's limit"),
@@ -173,6 +193,16 @@ impl Domain {
     pub fn open<'a>(
         &self,
         context: &'static str,
+        sealed: &'a [u8],
+    ) -> Result<std::borrow::Cow<'a, [u8]>, FormatError> {
+        self.open_with(context, &[], sealed)
+    }
+
+    /// Opens what [`Domain::seal_with`] made.
+    pub(crate) fn open_with<'a>(
+        &self,
+        context: &'static str,
+        header: &[u8],
         sealed: &'a [u8],
     ) -> Result<std::borrow::Cow<'a, [u8]>, FormatError> {
         let Some(keys) = &self.keys else { return Ok(sealed.into()) };
@@ -187,11 +217,16 @@ impl Domain {
         keys.aead
             .decrypt_in_place_detached(
                 XNonce::from_slice(nonce),
-                context.as_bytes(),
+                &bound_bytes(context, header),
                 &mut plain,
                 GenericArray::from_slice(tag),
             )
             .map_err(|_| FormatError::WrongKey(context))?;
         Ok(plain.into())
     }
+}
+
+/// What a seal is bound to, beside its plaintext.
+fn bound_bytes(context: &'static str, header: &[u8]) -> Vec<u8> {
+    [context.as_bytes(), &[0], header].concat()
 }

@@ -1,4 +1,4 @@
-//! The envelope of small objects (roots, references, store header): magic, versions, flags, body, checksum.
+//! The envelope of small objects (roots, references): magic, versions, flags, body, checksum.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
@@ -9,13 +9,13 @@
 //! | 16 | 16 | domain id, zero when not sealed |
 //! | 32 | 4 | body bytes as stored |
 //! | 36 | 4 | header bytes (40); a later version may lengthen the header |
-//! | 40 | n | body, sealed in an encrypted domain |
+//! | 40 | n | body; in an encrypted domain sealed, and bound to the 40 bytes before it |
 //! | 40+n | 32 | BLAKE3-256 of all before |
 
 use std::borrow::Cow;
 
 use crate::{
-    domain::{Domain, DomainId},
+    domain::{Domain, DomainId, SEAL_OVERHEAD_BYTES},
     error::FormatError,
     wire::{Reader, Writer},
 };
@@ -34,41 +34,75 @@ pub const FLAG_SEALED: u32 = 1;
 pub struct Kind {
     /// The first eight bytes.
     pub magic: [u8; 8],
-    /// What errors call it.
+    /// What errors call it, and the context its body is sealed under: part of the format, never reworded.
     pub what: &'static str,
     /// Most bytes its body may have.
     pub body_bytes_max: usize,
 }
 
-/// Checks versions and flags, the same in every kind of object.
-pub(crate) fn check_version(
-    what: &'static str,
-    reader_min: u16,
-    flags: u32,
-    known: u32,
-) -> Result<(), FormatError> {
-    if reader_min > FORMAT_VERSION {
-        return Err(FormatError::TooNew { what, needs: reader_min, reads: FORMAT_VERSION });
-    }
-    if flags & !known != 0 {
-        return Err(FormatError::UnknownFlags { what, flags: flags & !known });
-    }
-    Ok(())
-}
+/// Bytes every object begins with: magic, versions, flags, domain.
+pub(crate) const START_BYTES: usize = 32;
 
-/// Wraps `body`, sealing it if the domain is encrypted.
-pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
-    let body = domain.seal(kind.what, body);
+/// Writes the first [`START_BYTES`] of an object.
+pub(crate) fn write_start(magic: [u8; 8], domain: &Domain) -> Writer {
     let mut w = Writer::new();
-    w.bytes(&kind.magic);
+    w.bytes(&magic);
     w.u16(FORMAT_VERSION);
     w.u16(FORMAT_VERSION);
     w.u32(if domain.is_encrypted() { FLAG_SEALED } else { 0 });
     w.bytes(&domain.id().0);
-    w.u32(body.len() as u32);
+    w
+}
+
+/// An object's flags and domain, as its start gives them.
+pub(crate) struct Start {
+    what: &'static str,
+    sealed: bool,
+    id: DomainId,
+}
+
+impl Start {
+    /// Reads the start of an object and checks what does not depend on a key: magic, versions, flags.
+    pub(crate) fn read(r: &mut Reader<'_>, what: &'static str, magic: [u8; 8]) -> Result<Self, FormatError> {
+        if r.array::<8>()? != magic {
+            return Err(FormatError::NotThisKind(what));
+        }
+        let (written_by, reader_min) = (r.u16()?, r.u16()?);
+        if reader_min > FORMAT_VERSION {
+            return Err(FormatError::TooNew { what, needs: reader_min, reads: FORMAT_VERSION });
+        }
+        if reader_min == 0 || written_by < reader_min {
+            return Err(r.malformed("its versions contradict each other"));
+        }
+        let flags = r.u32()?;
+        if flags & !FLAG_SEALED != 0 {
+            return Err(FormatError::UnknownFlags { what, flags: flags & !FLAG_SEALED });
+        }
+        Ok(Start { what, sealed: flags & FLAG_SEALED != 0, id: DomainId(r.array()?) })
+    }
+
+    /// Checks that the object is one of `domain`.
+    pub(crate) fn check_domain(&self, domain: &Domain) -> Result<(), FormatError> {
+        match (self.sealed, domain.is_encrypted()) {
+            (true, false) => Err(FormatError::KeyMissing(self.what)),
+            _ if self.id != domain.id() || self.sealed != domain.is_encrypted() => {
+                Err(FormatError::WrongKey(self.what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Wraps `body`, sealing it if the domain is encrypted.
+pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
+    let stored_bytes = body.len() + if domain.is_encrypted() { SEAL_OVERHEAD_BYTES } else { 0 };
+    debug_assert!(stored_bytes <= kind.body_bytes_max, "a {} no reader accepts", kind.what);
+    let mut w = write_start(kind.magic, domain);
+    w.u32(stored_bytes as u32);
     w.u32(HEADER_BYTES as u32);
-    w.bytes(&body);
     let mut out = w.finish();
+    let body = domain.seal_with(kind.what, &out, body);
+    out.extend_from_slice(&body);
     let checksum = blake3::hash(&out);
     out.extend_from_slice(checksum.as_bytes());
     out
@@ -78,14 +112,7 @@ pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
 pub fn unwrap<'a>(kind: Kind, domain: &Domain, object: &'a [u8]) -> Result<Cow<'a, [u8]>, FormatError> {
     let what = kind.what;
     let mut r = Reader::new(object, what);
-    if r.array::<8>()? != kind.magic {
-        return Err(FormatError::NotThisKind(what));
-    }
-    let _written_by = r.u16()?;
-    let reader_min = r.u16()?;
-    let flags = r.u32()?;
-    check_version(what, reader_min, flags, FLAG_SEALED)?;
-    let id = DomainId(r.array()?);
+    let start = Start::read(&mut r, what, kind.magic)?;
     let body_bytes = r.u32()? as usize;
     let header_bytes = r.u32()? as usize;
     if header_bytes != HEADER_BYTES {
@@ -101,10 +128,6 @@ pub fn unwrap<'a>(kind: Kind, domain: &Domain, object: &'a [u8]) -> Result<Cow<'
     if *blake3::hash(&object[..object.len() - CHECKSUM_BYTES]).as_bytes() != checksum {
         return Err(FormatError::HashMismatch(what));
     }
-    match (flags & FLAG_SEALED != 0, domain.is_encrypted()) {
-        (true, false) => Err(FormatError::KeyMissing(what)),
-        (false, true) => Err(FormatError::WrongKey(what)),
-        _ if id != domain.id() => Err(FormatError::WrongKey(what)),
-        _ => domain.open(what, body),
-    }
+    start.check_domain(domain)?;
+    domain.open_with(what, &object[..HEADER_BYTES], body)
 }

@@ -25,7 +25,7 @@ pub enum Codec {
 }
 
 impl Codec {
-    fn from_u8(v: u8) -> Option<Self> {
+    pub(crate) fn from_u8(v: u8) -> Option<Self> {
         match v {
             0 => Some(Codec::Raw),
             1 => Some(Codec::Zstd),
@@ -85,6 +85,9 @@ impl FrameRef {
         let offset = r.bounded("frame offset", PACK_BYTES_MAX)?;
         let stored_bytes = r.bounded("stored frame bytes", PACK_BYTES_MAX - offset)?;
         let raw_bytes = r.bounded("raw frame bytes", META_FRAME_BYTES_MAX as u64)?;
+        if stored_bytes == 0 || raw_bytes == 0 {
+            return Err(r.malformed("an empty frame"));
+        }
         let codec = Codec::from_u8(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
         Ok(FrameRef {
             pack: pack as u32,
@@ -118,6 +121,10 @@ impl FrameRef {
         }
         let opened = domain.open(CONTEXT, stored)?;
         let raw_bytes = self.raw_bytes as usize;
+        if raw_bytes > META_FRAME_BYTES_MAX {
+            let (value, limit) = (raw_bytes as u64, META_FRAME_BYTES_MAX as u64);
+            return Err(FormatError::OverLimit { what: "raw frame bytes", value, limit });
+        }
         let raw = match self.codec {
             Codec::Raw => opened.into_owned(),
             Codec::Zstd => decompress(&opened, raw_bytes, "frame")?,
@@ -140,8 +147,9 @@ pub struct EncodedFrame {
 }
 
 impl EncodedFrame {
-    /// Compresses and seals `raw`; what does not shrink is stored as it is.
+    /// Compresses and seals `raw`, 1 byte to 4 MiB of it; what does not shrink is stored as it is.
     pub fn encode(domain: &Domain, raw: &[u8], level: i32) -> Self {
+        debug_assert!((1..=META_FRAME_BYTES_MAX).contains(&raw.len()), "a frame no reader accepts");
         let compressed = compress(raw, level);
         let (codec, bytes) = match compressed {
             // Decoding costs time: less than 1/64 saved does not pay for it.
@@ -181,12 +189,16 @@ pub(crate) fn compress_metadata(raw: &[u8], level: i32) -> Vec<u8> {
     }
 }
 
-/// Decompresses to exactly `raw_bytes`, which the caller has bounded.
+/// Decompresses to exactly `raw_bytes`, which the caller has bounded. Nothing is allocated for a zstd frame
+/// whose own header promises another size.
 pub(crate) fn decompress(
     stored: &[u8],
     raw_bytes: usize,
     what: &'static str,
 ) -> Result<Vec<u8>, FormatError> {
+    if !matches!(zstd::zstd_safe::get_frame_content_size(stored), Ok(Some(n)) if n == raw_bytes as u64) {
+        return Err(FormatError::Undecodable(what));
+    }
     DECOMPRESSOR.with_borrow_mut(|slot| {
         if slot.is_none() {
             *slot = zstd::bulk::Decompressor::new().ok();

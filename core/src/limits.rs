@@ -26,6 +26,9 @@ pub const LABEL_BYTES_MAX: usize = 1024;
 pub const NAME_BYTES_MAX: usize = 128;
 /// Most packs one section or root may refer to.
 pub const PACK_TABLE_MAX: usize = 1 << 20;
+/// Most sections in all images of one snapshot, absent ones included: 64 TiB. Absent sections cost no bytes in
+/// a root, so without this bound a few hundred bytes could ask a reader for gigabytes of table.
+pub const SECTIONS_MAX: usize = 1 << 20;
 /// Largest decoded root: 64 GiB of memory needs about 80 KiB.
 pub const ROOT_BYTES_MAX: usize = 64 << 20;
 /// Largest reference object.

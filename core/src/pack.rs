@@ -5,28 +5,37 @@
 //! | header | 32 | magic `DORMPACK`, version, reader minimum, flags, domain id |
 //! | frames | n | back to back, in footer order |
 //! | footer | m | see [`PackFooter`]; BLAKE3-256 of it as stored is the pack's name |
-//! | trailer | 40 | magic `DORMTAIL`, version, reader minimum, flags, domain id, footer bytes, zero |
+//! | trailer | 40 | magic `DORMTAIL`, version, reader minimum, flags, domain id, footer bytes, checksum |
+//!
+//! The checksum is the first four bytes of BLAKE3-256 over the 36 before it: a footer found through its pack's
+//! reference is vouched for by the pack's name, but header and trailer are covered by nothing else.
 
-use std::fmt;
+use std::{collections::HashSet, fmt};
 
 use crate::{
-    domain::{Domain, DomainId},
-    envelope::{FLAG_SEALED, FORMAT_VERSION, check_version},
+    domain::Domain,
+    envelope::{START_BYTES, Start, write_start},
     error::FormatError,
     frame::{Codec, EncodedFrame, FrameRef, compress_metadata, decompress},
     id::{ChunkId, FrameHash, PackId},
-    limits::{FOOTER_BYTES_MAX, META_FRAME_BYTES_MAX, PACK_BYTES_MAX, PACK_FRAMES_MAX, PACK_TABLE_MAX},
+    limits::{
+        FOOTER_BYTES_MAX, META_FRAME_BYTES_MAX, PACK_BYTES_MAX, PACK_FRAMES_MAX, PACK_TABLE_MAX,
+        PACK_TARGET_BYTES,
+    },
     page::PAGE_BYTES,
     wire::{Reader, Writer},
 };
 
 /// Bytes before the first frame.
-pub const HEADER_BYTES: usize = 32;
+pub const HEADER_BYTES: usize = START_BYTES;
 /// Bytes after the footer.
 pub const TRAILER_BYTES: usize = 40;
 const HEADER_MAGIC: [u8; 8] = *b"DORMPACK";
 const TRAILER_MAGIC: [u8; 8] = *b"DORMTAIL";
 const CONTEXT: &str = "pack footer";
+const FOOTER_VERSION: u8 = 1;
+/// Most bytes a footer spends on a frame, its chunk ids apart.
+const FOOTER_FRAME_BYTES_MAX: usize = 1 + 4 + 4 + 1 + FrameHash::BYTES;
 /// Chunk ids do not compress and the rest is small: a fast level is enough.
 const FOOTER_LEVEL: i32 = 1;
 
@@ -53,6 +62,46 @@ impl PackRef {
         start..start + u64::from(self.footer_bytes)
     }
 
+    /// Checks that `frame` lies between this pack's header and its footer.
+    pub(crate) fn check_frame(&self, frame: &FrameRef) -> Result<(), FormatError> {
+        let range = frame.range();
+        if range.start < HEADER_BYTES as u64 || range.end > u64::from(self.footer_offset) {
+            return Err(FormatError::Malformed {
+                what: "frame reference",
+                why: "not among its pack's frames",
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks what holds for every pack.
+    pub(crate) fn check(&self) -> Result<(), FormatError> {
+        let why = if self.object_bytes() > PACK_BYTES_MAX || self.footer_bytes as usize > FOOTER_BYTES_MAX {
+            "a pack is larger than packs may be"
+        } else if (self.footer_offset as usize) < HEADER_BYTES || self.footer_bytes == 0 {
+            "a pack is smaller than packs can be"
+        } else {
+            return Ok(());
+        };
+        Err(FormatError::Malformed { what: "pack reference", why })
+    }
+
+    /// Checks a table of packs: its size, each pack, and that none is in it twice.
+    pub(crate) fn check_table(packs: &[PackRef]) -> Result<(), FormatError> {
+        if packs.len() > PACK_TABLE_MAX {
+            let (value, limit) = (packs.len() as u64, PACK_TABLE_MAX as u64);
+            return Err(FormatError::OverLimit { what: "packs in a table", value, limit });
+        }
+        let mut seen = HashSet::with_capacity(packs.len());
+        for pack in packs {
+            pack.check()?;
+            if !seen.insert(pack.id) {
+                return Err(FormatError::Malformed { what: "pack table", why: "a pack is in it twice" });
+            }
+        }
+        Ok(())
+    }
+
     /// Writes a table of packs.
     pub fn write_table(w: &mut Writer, packs: &[PackRef]) {
         w.varint(packs.len() as u64);
@@ -68,12 +117,9 @@ impl PackRef {
         let n = r.count("packs in a table", PACK_TABLE_MAX, 40)?;
         let mut packs = Vec::with_capacity(n);
         for _ in 0..n {
-            let pack = PackRef { id: PackId(r.array()?), footer_offset: r.u32()?, footer_bytes: r.u32()? };
-            if pack.object_bytes() > PACK_BYTES_MAX || (pack.footer_bytes as usize) > FOOTER_BYTES_MAX {
-                return Err(r.malformed("a pack is larger than packs may be"));
-            }
-            packs.push(pack);
+            packs.push(PackRef { id: PackId(r.array()?), footer_offset: r.u32()?, footer_bytes: r.u32()? });
         }
+        Self::check_table(&packs)?;
         Ok(packs)
     }
 }
@@ -101,9 +147,26 @@ pub struct PackedFrame {
     pub chunks: Vec<ChunkId>,
 }
 
+impl PackedFrame {
+    /// Decodes the frame and, if it holds pages, checks each against its chunk id. A footer's chunk ids are
+    /// claims of its writer: reading through a section never relies on them, deduplicating against them does.
+    pub fn decode(&self, domain: &Domain, stored: &[u8]) -> Result<Vec<u8>, FormatError> {
+        let raw = self.at.decode(domain, stored)?;
+        let same =
+            raw.chunks_exact(PAGE_BYTES).zip(&self.chunks).all(|(page, id)| domain.chunk_id(page) == *id);
+        if !same || (self.kind == FrameKind::Pages && self.chunks.len() * PAGE_BYTES != raw.len()) {
+            return Err(FormatError::Malformed {
+                what: CONTEXT,
+                why: "a page is not the one its chunk id names",
+            });
+        }
+        Ok(raw)
+    }
+}
+
 /// The list of a pack's frames.
 ///
-/// Stored: u32 raw length, then zstd of: count; per frame kind, stored bytes, raw bytes, codec, hash; then the
+/// Stored: u32 raw length, then zstd of: version; count; per frame kind, stored bytes, raw bytes, codec, hash; then the
 /// chunk ids of all page frames in order. Sealed as a whole in an encrypted domain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PackFooter {
@@ -112,8 +175,10 @@ pub struct PackFooter {
 }
 
 impl PackFooter {
-    fn encode(&self, domain: &Domain) -> Vec<u8> {
+    /// The footer's raw bytes, which [`PackFooter::parse`] reads.
+    pub fn to_raw(&self) -> Vec<u8> {
         let mut w = Writer::new();
+        w.u8(FOOTER_VERSION);
         w.varint(self.frames.len() as u64);
         for f in &self.frames {
             w.u8(f.kind as u8);
@@ -123,7 +188,11 @@ impl PackFooter {
             w.bytes(&f.at.hash.0);
         }
         self.frames.iter().flat_map(|f| &f.chunks).for_each(|id| w.bytes(&id.0));
-        let raw = w.finish();
+        w.finish()
+    }
+
+    fn encode(&self, domain: &Domain) -> Vec<u8> {
+        let raw = self.to_raw();
         let mut stored = (raw.len() as u32).to_le_bytes().to_vec();
         stored.extend(compress_metadata(&raw, FOOTER_LEVEL));
         domain.seal(CONTEXT, stored)
@@ -148,6 +217,14 @@ impl PackFooter {
     /// Decodes a footer's raw bytes.
     pub fn parse(raw: &[u8]) -> Result<Self, FormatError> {
         let mut r = Reader::new(raw, CONTEXT);
+        match r.u8()? {
+            FOOTER_VERSION => {}
+            0 => return Err(r.malformed("version 0")),
+            v => {
+                let (needs, reads) = (v.into(), FOOTER_VERSION.into());
+                return Err(FormatError::TooNew { what: CONTEXT, needs, reads });
+            }
+        }
         let n = r.count("frames in a pack", PACK_FRAMES_MAX, 20)?;
         let mut frames = Vec::with_capacity(n);
         let mut offset = HEADER_BYTES as u64;
@@ -160,11 +237,10 @@ impl PackFooter {
             };
             let stored = r.bounded("stored frame bytes", PACK_BYTES_MAX - offset)?;
             let raw_bytes = r.bounded("raw frame bytes", META_FRAME_BYTES_MAX as u64)?;
-            let codec = match r.u8()? {
-                0 => Codec::Raw,
-                1 => Codec::Zstd,
-                _ => return Err(r.malformed("unknown frame codec")),
-            };
+            if stored == 0 || raw_bytes == 0 {
+                return Err(r.malformed("an empty frame"));
+            }
+            let codec = Codec::from_u8(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
             let at = FrameRef {
                 pack: 0,
                 offset: offset as u32,
@@ -196,35 +272,23 @@ impl PackFooter {
     }
 }
 
-fn fixed(magic: [u8; 8], domain: &Domain) -> Writer {
-    let mut w = Writer::new();
-    w.bytes(&magic);
-    w.u16(FORMAT_VERSION);
-    w.u16(FORMAT_VERSION);
-    w.u32(if domain.is_encrypted() { FLAG_SEALED } else { 0 });
-    w.bytes(&domain.id().0);
-    w
+fn check_start<'a>(bytes: &'a [u8], magic: [u8; 8], domain: &Domain) -> Result<Reader<'a>, FormatError> {
+    let mut r = Reader::new(bytes, "pack");
+    Start::read(&mut r, "pack", magic)?.check_domain(domain)?;
+    Ok(r)
 }
 
-fn check_fixed(r: &mut Reader<'_>, magic: [u8; 8], domain: &Domain) -> Result<(), FormatError> {
-    if r.array::<8>()? != magic {
-        return Err(FormatError::NotThisKind("pack"));
-    }
-    let written_by = r.u16()?;
-    check_version("pack", r.u16()?, r.u32()?, FLAG_SEALED)?;
-    if written_by == 0 {
-        return Err(r.malformed("written by no version"));
-    }
-    if DomainId(r.array()?) != domain.id() {
-        return Err(FormatError::WrongKey("pack"));
-    }
-    Ok(())
+fn trailer_check(before: &[u8]) -> [u8; 4] {
+    let digest = blake3::hash(before);
+    let [a, b, c, d, ..] = *digest.as_bytes();
+    [a, b, c, d]
 }
 
 /// Collects frames into a pack.
 pub struct PackBuilder {
     bytes: Vec<u8>,
     footer: PackFooter,
+    footer_raw_bytes: usize,
 }
 
 impl fmt::Debug for PackBuilder {
@@ -236,12 +300,23 @@ impl fmt::Debug for PackBuilder {
 impl PackBuilder {
     /// An empty pack of `domain`.
     pub fn new(domain: &Domain) -> Self {
-        PackBuilder { bytes: fixed(HEADER_MAGIC, domain).finish(), footer: PackFooter::default() }
+        PackBuilder {
+            bytes: write_start(HEADER_MAGIC, domain).finish(),
+            footer: PackFooter::default(),
+            footer_raw_bytes: 1 + 4,
+        }
     }
 
-    /// Bytes so far, without the footer.
+    /// Bytes so far, with those the footer will need before compression. Pages that compress to almost nothing
+    /// still cost a chunk id each, so a pack of them is bounded by its footer rather than by its frames.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.footer_raw_bytes
+    }
+
+    /// Whether the pack has reached the size at which it is to be closed. A pack that is pushed to while it is not
+    /// full stays within every limit of the format.
+    pub fn is_full(&self) -> bool {
+        self.len() >= PACK_TARGET_BYTES
     }
 
     /// Whether no frame was added yet.
@@ -261,12 +336,16 @@ impl PackBuilder {
         };
         debug_assert!(kind != FrameKind::Pages || chunks.len() * PAGE_BYTES == frame.raw_bytes as usize);
         self.bytes.extend_from_slice(&frame.stored);
+        self.footer_raw_bytes += FOOTER_FRAME_BYTES_MAX + chunks.len() * ChunkId::BYTES;
         self.footer.frames.push(PackedFrame { kind, at, chunks });
         at
     }
 
     /// Closes the pack: its reference, its bytes, its footer.
     pub fn finish(mut self, domain: &Domain) -> (PackRef, Vec<u8>, PackFooter) {
+        debug_assert!(
+            self.footer.frames.len() <= PACK_FRAMES_MAX && self.footer_raw_bytes <= FOOTER_BYTES_MAX
+        );
         let footer = self.footer.encode(domain);
         let pack = PackRef {
             id: PackId::of(&footer),
@@ -274,10 +353,12 @@ impl PackBuilder {
             footer_bytes: footer.len() as u32,
         };
         self.bytes.extend_from_slice(&footer);
-        let mut trailer = fixed(TRAILER_MAGIC, domain);
+        debug_assert_eq!(pack.check(), Ok(()));
+        let mut trailer = write_start(TRAILER_MAGIC, domain);
         trailer.u32(footer.len() as u32);
-        trailer.u32(0);
-        self.bytes.extend_from_slice(&trailer.finish());
+        let mut trailer = trailer.finish();
+        trailer.extend_from_slice(&trailer_check(&trailer));
+        self.bytes.extend_from_slice(&trailer);
         (pack, self.bytes, self.footer)
     }
 }
@@ -289,18 +370,20 @@ pub fn parse_trailer(
     object_bytes: u64,
     trailer: &[u8],
 ) -> Result<PackRef, FormatError> {
-    let mut r = Reader::new(trailer, "pack");
-    check_fixed(&mut r, TRAILER_MAGIC, domain)?;
+    let mut r = check_start(trailer, TRAILER_MAGIC, domain)?;
     let footer_bytes = r.u32()?;
-    if r.u32()? != 0 {
-        return Err(r.malformed("reserved bytes are not zero"));
-    }
+    let check = r.array::<4>()?;
     r.end()?;
+    if trailer_check(&trailer[..TRAILER_BYTES - 4]) != check {
+        return Err(FormatError::HashMismatch("pack"));
+    }
     let before = object_bytes
         .checked_sub(TRAILER_BYTES as u64 + u64::from(footer_bytes))
         .filter(|at| *at >= HEADER_BYTES as u64 && object_bytes <= PACK_BYTES_MAX)
         .ok_or(FormatError::Malformed { what: "pack", why: "its footer does not fit into it" })?;
-    Ok(PackRef { id, footer_offset: before as u32, footer_bytes })
+    let pack = PackRef { id, footer_offset: before as u32, footer_bytes };
+    pack.check()?;
+    Ok(pack)
 }
 
 /// Checks every byte of a whole pack: header, footer, trailer, and each frame's hash. Returns its footer and
@@ -312,8 +395,11 @@ pub fn check_object(
 ) -> Result<(PackFooter, Vec<usize>), FormatError> {
     let trailer_at = object.len().checked_sub(TRAILER_BYTES).ok_or(FormatError::Truncated("pack"))?;
     let pack = parse_trailer(domain, id, object.len() as u64, &object[trailer_at..])?;
-    let mut r = Reader::new(object, "pack");
-    check_fixed(&mut r, HEADER_MAGIC, domain)?;
+    check_start(object, HEADER_MAGIC, domain)?;
+    let (header, trailer) = (&object[..START_BYTES], &object[trailer_at..]);
+    if header[HEADER_MAGIC.len()..] != trailer[TRAILER_MAGIC.len()..START_BYTES] {
+        return Err(FormatError::Malformed { what: "pack", why: "its header and trailer differ" });
+    }
     let range = pack.footer_offset as usize..pack.footer_offset as usize + pack.footer_bytes as usize;
     let footer = PackFooter::decode(domain, id, &object[range])?;
     let end = footer.frames.last().map_or(HEADER_BYTES as u64, |f| f.at.range().end);

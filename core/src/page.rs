@@ -81,6 +81,11 @@ impl Slot {
         if slot < FRAME_PAGES_MAX { Some(Slot(slot as u8)) } else { None }
     }
 
+    /// The slot of a place, which is `frame * FRAME_PAGES_MAX + slot`.
+    pub(crate) const fn of_place(place: u32) -> Self {
+        Slot((place % FRAME_PAGES_MAX as u32) as u8)
+    }
+
     /// The slot's number.
     pub const fn get(self) -> usize {
         self.0 as usize
@@ -89,10 +94,6 @@ impl Slot {
 
 /// Whether all bytes of `page` are zero.
 pub fn is_zero(page: &[u8]) -> bool {
-    let (head, words, tail) = {
-        let split = page.len() - page.len() % 32;
-        (&page[..0], &page[..split], &page[split..])
-    };
-    debug_assert!(head.is_empty());
-    words.chunks_exact(32).all(|w| w == [0; 32]) && tail.iter().all(|&b| b == 0)
+    let mut words = page.chunks_exact(32);
+    words.all(|w| w == [0; 32]) && words.remainder().iter().all(|&b| b == 0)
 }

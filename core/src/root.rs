@@ -4,6 +4,8 @@
 //! digests, device-state blobs, parent, labels; its hash is the [`SnapshotId`]. The *layout* part says where it
 //! lies at present: packs, sections, blob pieces. Repacking writes a new root with the same logical part.
 
+use std::collections::HashSet;
+
 use crate::{
     domain::Domain,
     envelope::{self, Kind},
@@ -12,14 +14,18 @@ use crate::{
     id::{Digest, RootId, SnapshotId},
     limits::{
         BLOB_BYTES_MAX, BLOBS_MAX, IMAGES_MAX, LABEL_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, ROOT_BYTES_MAX,
+        SECTIONS_MAX,
     },
     name::ImageId,
     pack::PackRef,
-    page::{IMAGE_PAGES_MAX, PAGE_BYTES, PageCount},
+    page::{IMAGE_PAGES_MAX, PAGE_BYTES, PageCount, SectionIndex},
+    section::Section,
     wire::{Reader, Writer},
 };
 
-const KIND: Kind = Kind { magic: *b"DORMROOT", what: "root", body_bytes_max: ROOT_BYTES_MAX };
+/// A body that does not compress is a little longer than the root itself.
+const BODY_BYTES_MAX: usize = ROOT_BYTES_MAX + ROOT_BYTES_MAX / 128;
+const KIND: Kind = Kind { magic: *b"DORMROOT", what: "root", body_bytes_max: BODY_BYTES_MAX };
 const LEVEL: i32 = 3;
 
 /// What an image is to its machine. Both are stored alike.
@@ -66,6 +72,28 @@ impl ImageEntry {
     pub fn stored_pages(&self) -> u64 {
         self.sections.iter().flatten().map(|s| u64::from(s.stored_pages)).sum()
     }
+
+    /// Verifies and decodes the section at `index` from its frame's stored bytes, and checks that it is one this
+    /// image can have. `None` if all pages there are zero or the image ends before.
+    pub fn decode_section(
+        &self,
+        domain: &Domain,
+        index: SectionIndex,
+        stored: &[u8],
+    ) -> Result<Option<Section>, FormatError> {
+        let Some(entry) = self.sections.get(index.0 as usize).and_then(Option::as_ref) else {
+            return Ok(None);
+        };
+        let section = Section::decode(&entry.at.decode(domain, stored)?)?;
+        let pages = index.pages(self.pages());
+        if section.end_page() as u64 > pages.end - pages.start
+            || section.stored_pages() != u64::from(entry.stored_pages)
+        {
+            let why = "it does not hold the pages its root says";
+            return Err(FormatError::Malformed { what: "page-map section", why });
+        }
+        Ok(Some(section))
+    }
 }
 
 /// A device-state blob: opaque bytes the VMM wants back as they were.
@@ -88,11 +116,11 @@ pub struct Root {
     pub parent: Option<SnapshotId>,
     /// When the machine was captured, milliseconds since 1970 UTC. Not part of the identity.
     pub created_unix_ms: u64,
-    /// Key and value pairs, sorted by key.
+    /// Key and value pairs, strictly ascending by key.
     pub labels: Vec<(String, String)>,
-    /// Memory and disks.
+    /// Memory and disks, each id once.
     pub images: Vec<ImageEntry>,
-    /// Device state.
+    /// Device state, each id once.
     pub blobs: Vec<BlobEntry>,
     /// The packs that sections and blob pieces lie in.
     pub packs: Vec<PackRef>,
@@ -101,7 +129,7 @@ pub struct Root {
 impl Root {
     /// The snapshot's identity in `domain`.
     pub fn snapshot_id(&self, domain: &Domain) -> SnapshotId {
-        SnapshotId(*domain.content_hasher().update(&self.logical()).finalize().as_bytes())
+        SnapshotId(*domain.snapshot_hasher().update(&self.logical()).finalize().as_bytes())
     }
 
     /// The image called `id`.
@@ -158,12 +186,80 @@ impl Root {
         w.finish()
     }
 
-    /// The object's name and bytes.
-    pub fn encode(&self, domain: &Domain) -> (RootId, Vec<u8>) {
+    /// Checks everything a reader will: a root that fails this must not be written. [`Root::decode`] and
+    /// [`Root::parse`] have checked it already.
+    pub fn check(&self) -> Result<(), FormatError> {
+        let over = |what, value: usize, limit: usize| match value > limit {
+            true => Err(FormatError::OverLimit { what, value: value as u64, limit: limit as u64 }),
+            false => Ok(()),
+        };
+        let malformed = |why| Err(FormatError::Malformed { what: KIND.what, why });
+        over("labels", self.labels.len(), LABELS_MAX)?;
+        over("images", self.images.len(), IMAGES_MAX)?;
+        over("blobs", self.blobs.len(), BLOBS_MAX)?;
+        for (key, value) in &self.labels {
+            over("label bytes", key.len().max(value.len()), LABEL_BYTES_MAX)?;
+        }
+        if !self.labels.is_sorted_by(|a, b| a.0 < b.0) {
+            return malformed("its labels are not in order, or one is there twice");
+        }
+        let mut ids = HashSet::new();
+        if !self.images.iter().all(|i| ids.insert(&i.id)) {
+            return malformed("two images have the same id");
+        }
+        ids.clear();
+        if !self.blobs.iter().all(|b| ids.insert(&b.id)) {
+            return malformed("two blobs have the same id");
+        }
+        PackRef::check_table(&self.packs)?;
+        let frame = |at: &FrameRef| match self.packs.get(at.pack as usize) {
+            Some(pack) => pack.check_frame(at),
+            None => malformed("a frame in no pack of its table"),
+        };
+        let mut sections = 0;
+        for image in &self.images {
+            if image.bytes > IMAGE_PAGES_MAX * PAGE_BYTES as u64
+                || image.sections.len() != image.pages().sections() as usize
+            {
+                return malformed("an image's sections do not fit its size");
+            }
+            sections += image.sections.len();
+            over("sections", sections, SECTIONS_MAX)?;
+            for (index, section) in (0..).zip(&image.sections) {
+                let Some(section) = section else { continue };
+                let range = SectionIndex(index).pages(image.pages());
+                if !(1..=range.end - range.start).contains(&u64::from(section.stored_pages)) {
+                    return malformed("a section stores no page, or more than it has");
+                }
+                frame(&section.at)?;
+            }
+        }
+        for blob in &self.blobs {
+            if blob.bytes > BLOB_BYTES_MAX {
+                let (value, limit) = (blob.bytes, BLOB_BYTES_MAX);
+                return Err(FormatError::OverLimit { what: "blob bytes", value, limit });
+            }
+            if blob.pieces.iter().map(|p| u64::from(p.raw_bytes)).sum::<u64>() != blob.bytes {
+                return malformed("a blob's pieces do not add up to its size");
+            }
+            blob.pieces.iter().try_for_each(frame)?;
+        }
+        Ok(())
+    }
+
+    /// The root's raw bytes, which [`Root::parse`] reads.
+    pub fn to_raw(&self) -> Vec<u8> {
         let mut w = Writer::new();
         w.counted(&self.logical());
         w.bytes(&self.layout());
-        let raw = w.finish();
+        w.finish()
+    }
+
+    /// The object's name and bytes. [`Root::check`] first: what fails it is encoded, but no reader accepts it.
+    pub fn encode(&self, domain: &Domain) -> (RootId, Vec<u8>) {
+        debug_assert_eq!(self.check(), Ok(()));
+        let raw = self.to_raw();
+        debug_assert!(raw.len() <= ROOT_BYTES_MAX, "a root no reader accepts");
         let mut body = (raw.len() as u32).to_le_bytes().to_vec();
         body.extend(compress_metadata(&raw, LEVEL));
         let object = envelope::wrap(KIND, domain, body);
@@ -192,6 +288,7 @@ impl Root {
         let mut root = Root::default();
         root.read_logical(&mut Reader::new(logical, KIND.what))?;
         root.read_layout(&mut r)?;
+        root.check()?;
         Ok(root)
     }
 
@@ -205,7 +302,8 @@ impl Root {
             let key = text(r, LABEL_BYTES_MAX)?.to_owned();
             self.labels.push((key, text(r, LABEL_BYTES_MAX)?.to_owned()));
         }
-        for _ in 0..r.count("images", IMAGES_MAX, 3)? {
+        let mut total = 0;
+        for _ in 0..r.count("images", IMAGES_MAX, 4)? {
             let id = ImageId::new(text(r, NAME_BYTES_MAX)?)?;
             let kind = match r.u8()? {
                 0 => ImageKind::Memory,
@@ -214,13 +312,19 @@ impl Root {
             };
             let bytes = r.bounded("image bytes", IMAGE_PAGES_MAX * PAGE_BYTES as u64)?;
             let wanted = PageCount::covering(bytes).sections() as usize;
+            total += wanted;
+            if total > SECTIONS_MAX {
+                let (value, limit) = (total as u64, SECTIONS_MAX as u64);
+                return Err(FormatError::OverLimit { what: "sections", value, limit });
+            }
             let mut sections = Vec::new();
             while sections.len() < wanted {
                 let left = (wanted - sections.len()) as u64;
                 let absent = r.bounded("absent sections", left)? as usize;
                 let present = r.bounded("present sections", left - absent as u64)? as usize;
-                if absent + present == 0 {
-                    return Err(r.malformed("an empty run of sections"));
+                // One way to write it: absent ones are only left out at the start, present ones only at the end.
+                if (absent == 0 && !sections.is_empty()) || (present == 0 && absent as u64 != left) {
+                    return Err(r.malformed("a run of sections is split in two"));
                 }
                 sections.resize(sections.len() + absent, None);
                 for _ in 0..present {
@@ -249,9 +353,6 @@ impl Root {
             let n = r.count("blob pieces", BLOB_BYTES_MAX as usize, FrameRef::BYTES_MIN)?;
             for _ in 0..n {
                 blob.pieces.push(FrameRef::read(r, self.packs.len())?);
-            }
-            if blob.pieces.iter().map(|p| u64::from(p.raw_bytes)).sum::<u64>() != blob.bytes {
-                return Err(r.malformed("a blob's pieces do not add up to its size"));
             }
         }
         r.end()

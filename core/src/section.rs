@@ -68,8 +68,12 @@ impl Section {
     }
 
     /// What is at `page` (its number within the section). Past the last run all pages are zero.
+    ///
+    /// # Panics
+    /// If `page` is not below [`SECTION_PAGES`], as an index out of range would: any answer would be a wrong one.
     pub fn extent(&self, page: usize) -> Extent {
-        let page = page.min(SECTION_PAGES as usize - 1) as u32;
+        assert!((page as u64) < SECTION_PAGES, "page {page} is not in a section");
+        let page = page as u32;
         let after = self.runs.partition_point(|r| u32::from(r.first_page) <= page);
         let Some(run) = after.checked_sub(1).map(|i| self.runs[i]) else {
             let next = self.runs.first().map_or(SECTION_PAGES, |r| u64::from(r.first_page));
@@ -85,23 +89,16 @@ impl Section {
             None => Extent::Zero { pages: left },
             Some(first) => {
                 let place = first + into;
-                let slot = place as usize % FRAME_PAGES_MAX;
-                let in_frame = (FRAME_PAGES_MAX - slot) as u64;
-                match Slot::new(slot) {
-                    Some(slot) => Extent::Frame {
-                        frame: place / FRAME_PAGES_MAX as u32,
-                        slot,
-                        pages: left.min(in_frame),
-                    },
-                    None => Extent::Zero { pages: left },
-                }
+                let slot = Slot::of_place(place);
+                let in_frame = (FRAME_PAGES_MAX - slot.get()) as u64;
+                Extent::Frame { frame: place / FRAME_PAGES_MAX as u32, slot, pages: left.min(in_frame) }
             }
         }
     }
 
     /// All extents in page order, as (first page within the section, extent), without trailing zero pages.
     pub fn extents(&self) -> impl Iterator<Item = (usize, Extent)> + '_ {
-        let end = self.runs.last().map_or(0, |r| usize::from(r.first_page) + usize::from(r.pages));
+        let end = self.end_page();
         let mut page = 0;
         std::iter::from_fn(move || {
             if page >= end {
@@ -114,6 +111,11 @@ impl Section {
             };
             Some((at, extent))
         })
+    }
+
+    /// One past the last page that is not zero.
+    pub fn end_page(&self) -> usize {
+        self.runs.last().map_or(0, |r| usize::from(r.first_page) + usize::from(r.pages))
     }
 
     /// Pages that are not zero.
@@ -143,8 +145,13 @@ impl Section {
     /// Decodes a section's raw bytes.
     pub fn decode(raw: &[u8]) -> Result<Self, FormatError> {
         let mut r = Reader::new(raw, WHAT);
-        if r.u8()? != SECTION_VERSION {
-            return Err(r.malformed("unknown section version"));
+        match r.u8()? {
+            SECTION_VERSION => {}
+            0 => return Err(r.malformed("version 0")),
+            v => {
+                let (needs, reads) = (v.into(), SECTION_VERSION.into());
+                return Err(FormatError::TooNew { what: WHAT, needs, reads });
+            }
         }
         let packs = PackRef::read_table(&mut r)?;
         let n = r.count("frames in a section", FRAMES_MAX, FrameRef::BYTES_MIN)?;
@@ -152,10 +159,11 @@ impl Section {
         for _ in 0..n {
             let frame = FrameRef::read(&mut r, packs.len())?;
             frame.check_pages()?;
+            packs[frame.pack as usize].check_frame(&frame)?;
             frames.push(frame);
         }
         let n = r.count("runs in a section", SECTION_PAGES as usize, 1)?;
-        let mut runs = Vec::with_capacity(n);
+        let mut runs: Vec<Run> = Vec::with_capacity(n);
         let (mut page, mut expected) = (0u64, 0i64);
         for _ in 0..n {
             let head = r.varint()?;
@@ -173,10 +181,16 @@ impl Section {
                 expected = i64::from(first) + pages as i64;
                 place = Some(first);
             }
+            if runs.last().is_some_and(|last| continues(last, place)) {
+                return Err(r.malformed("a run is split in two"));
+            }
             runs.push(Run { first_page: page as u16, pages: pages as u16, place });
             page += pages;
         }
         r.end()?;
+        if runs.last().is_none_or(|last| last.place.is_none()) {
+            return Err(r.malformed("zero pages at its end are written out"));
+        }
         Ok(Section { packs, frames, runs })
     }
 }
@@ -254,6 +268,8 @@ impl SectionBuilder {
     }
 
     fn place(&mut self, page: &PagePlace) -> u32 {
+        debug_assert!(page.slot.get() < page.frame.pages(), "a page outside its frame");
+        debug_assert_eq!(page.pack.check_frame(&page.frame), Ok(()));
         let section = &mut self.section;
         let pack = *self.packs.entry(page.pack.id).or_insert_with(|| {
             section.packs.push(page.pack);
