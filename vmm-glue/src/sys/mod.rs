@@ -1,0 +1,7 @@
+//! The crate's `unsafe` code, behind safe functions.
+#![allow(unsafe_code)]
+
+pub(crate) mod kick;
+pub(crate) mod memslot;
+pub(crate) mod program;
+pub(crate) mod xsave;
