@@ -1,0 +1,124 @@
+//! Failing closed: what is done about pages that cannot be had, and about a VM that cannot be served.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::core::{Core, lock};
+use crate::error::RestoreError;
+use crate::outcome::Outcome;
+use crate::plan::Span;
+use crate::policy::{FailClosed, KillVm};
+use crate::source::SourceError;
+use crate::state::{Action, PageEvent, PageState};
+
+/// Most errors remembered for the owner.
+const FAILURES_MAX: usize = 16;
+
+impl Core {
+    /// Withholds the awaited cells of `span` by policy.
+    pub(crate) fn fail_cells(&self, span: Span, error: &SourceError) {
+        for offset in 0..span.cells() {
+            let cell = span.part(offset, 1);
+            if self.table.get(cell.first()) != PageState::Awaited {
+                continue;
+            }
+            let Some(run) = self.plan.pages_of(cell.first()) else { continue };
+            self.note(RestoreError::Page { page: run.first, error: error.clone() });
+            match &self.policy.fail_closed {
+                FailClosed::Kill(kill) => {
+                    self.kill(kill, &RestoreError::Page { page: run.first, error: error.clone() });
+                }
+                FailClosed::Poison { or_kill } => {
+                    if let Err(why) = self.poison(cell) {
+                        if let Some(kill) = or_kill {
+                            self.kill(kill, &why);
+                        }
+                        self.fail_with(why);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Poisons an awaited cell.
+    fn poison(&self, cell: Span) -> Result<(), RestoreError> {
+        let mut tries = 0;
+        if self.table.apply(cell.first(), PageEvent::Failed) != Action::Poison {
+            return Ok(());
+        }
+        loop {
+            let outcome = {
+                let _inside = self.gate.enter();
+                // A page given back meanwhile is zero by right, and must not be poisoned.
+                if self.table.get(cell.first()) != PageState::Poisoned {
+                    return Ok(());
+                }
+                self.installer.poison(cell)
+            };
+            match outcome {
+                Outcome::Done | Outcome::Partial(_) => {
+                    self.counters.poisoned.add(1);
+                    // A vCPU that came to wait meanwhile must see it too.
+                    self.installer.wake(cell);
+                    return Ok(());
+                }
+                Outcome::AlreadyThere => {
+                    self.installer.wake(cell);
+                    return Ok(());
+                }
+                Outcome::Unsupported(e) | Outcome::Refused(e) => {
+                    let page = self.plan.pages_of(cell.first()).map_or_else(Default::default, |r| r.first.0);
+                    return Err(RestoreError::CannotPoison {
+                        page: dormouse_core::page::PageIndex(page),
+                        error: std::io::Error::from_raw_os_error(e),
+                    });
+                }
+                other => {
+                    tries += 1;
+                    self.again(other, cell, tries)?;
+                }
+            }
+        }
+    }
+
+    /// Acts on an error that concerns the whole VM, not one page.
+    pub(crate) fn fail_with(&self, error: RestoreError) {
+        match error {
+            RestoreError::Stopped => {}
+            RestoreError::VmGone => {
+                tracing::info!("the VM is gone; its restore ends");
+                lock(&self.ended).get_or_insert_with(|| Arc::new(error));
+                self.stop();
+            }
+            error => self.fail_vm(error),
+        }
+    }
+
+    /// The VM cannot be served any further: end it if the policy can, else leave its vCPUs waiting.
+    pub(crate) fn fail_vm(&self, error: RestoreError) {
+        let kill = match &self.policy.fail_closed {
+            FailClosed::Kill(kill) => Some(kill),
+            FailClosed::Poison { or_kill } => or_kill.as_ref(),
+        };
+        if let Some(kill) = kill {
+            self.kill(kill, &error);
+        }
+        self.note(error);
+    }
+
+    fn kill(&self, kill: &KillVm, error: &RestoreError) {
+        if !self.kill_called.swap(true, Ordering::AcqRel) {
+            tracing::error!(%error, "ending the VM");
+            kill(error);
+        }
+    }
+
+    /// Remembers an error for the owner.
+    fn note(&self, error: RestoreError) {
+        tracing::error!(%error, "restore failed closed");
+        let mut failures = lock(&self.failures);
+        if failures.len() < FAILURES_MAX {
+            failures.push(Arc::new(error));
+        }
+    }
+}

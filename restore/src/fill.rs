@@ -1,0 +1,194 @@
+//! Installs runs of pages: claims what is absent, and acts on each of the kernel's answers.
+
+use std::time::Duration;
+
+use dormouse_core::page::PageIndex;
+
+use crate::core::Core;
+use crate::error::RestoreError;
+use crate::outcome::Outcome;
+use crate::plan::Span;
+use crate::state::{PageEvent, PageState};
+
+/// Retries of an install for lack of host memory before it counts as refused: about 20 s.
+const NO_MEMORY_RETRIES: u32 = 200;
+
+/// What to install.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Bytes<'a> {
+    /// Zeros.
+    Zero,
+    /// These bytes, as long as the span.
+    Of(&'a [u8]),
+}
+
+impl<'a> Bytes<'a> {
+    /// The part for `cells` cells from the `skip`-th on.
+    fn part(self, skip: u64, cells: u64, cell_bytes: u64) -> Option<Bytes<'a>> {
+        match self {
+            Bytes::Zero => Some(Bytes::Zero),
+            Bytes::Of(all) => {
+                let from = usize::try_from(skip * cell_bytes).ok()?;
+                let to = usize::try_from((skip + cells) * cell_bytes).ok()?;
+                all.get(from..to).map(Bytes::Of)
+            }
+        }
+    }
+}
+
+impl Core {
+    /// Installs `bytes` on those cells of `span` that are absent; how many were. Cells that others install
+    /// at the same time, or that were installed or removed before, are left alone.
+    pub(crate) fn fill(&self, span: Span, bytes: Bytes<'_>) -> Result<u64, RestoreError> {
+        let cell_bytes = self.cell_bytes(span);
+        let step = (self.step_pages() * 4096 / cell_bytes).max(1);
+        let (mut at, mut installed) = (0, 0);
+        while at < span.cells() {
+            let (skipped, claimed) = self.table.claim(span.part(at, step));
+            if claimed == 0 {
+                at += step;
+                continue;
+            }
+            at += skipped;
+            match bytes.part(at, claimed, cell_bytes) {
+                Some(bytes) => installed += self.fill_claimed(span.part(at, claimed), bytes, cell_bytes)?,
+                None => {
+                    self.release(span.part(at, claimed));
+                    return Err(self.refused(span.part(at, claimed), libc::EINVAL));
+                }
+            }
+            at += claimed;
+        }
+        self.timeline.mark("first page installed");
+        Ok(installed)
+    }
+
+    /// Installs on cells this thread has claimed.
+    fn fill_claimed(&self, span: Span, bytes: Bytes<'_>, cell_bytes: u64) -> Result<u64, RestoreError> {
+        let (mut at, mut installed, mut tries) = (0, 0, 0u32);
+        while at < span.cells() {
+            let inside = self.gate.enter();
+            // Cells removed since they were claimed stay out.
+            let left = span.part(at, u64::MAX);
+            let Some(skip) = self.table.find(left, |s| s == PageState::Copying) else { break };
+            let left = left.part(skip, u64::MAX);
+            let run = self.table.find(left, |s| s != PageState::Copying).unwrap_or(left.cells());
+            let now = left.part(0, run);
+            at += skip;
+            let outcome = match bytes.part(at, run, cell_bytes) {
+                None => Outcome::Refused(libc::EINVAL),
+                Some(Bytes::Zero) => self.installer.zero(now),
+                Some(Bytes::Of(bytes)) => self.installer.copy(now, bytes),
+            };
+            let done = match outcome {
+                Outcome::Done => run,
+                Outcome::Partial(n) => n.min(run),
+                _ => 0,
+            };
+            if done > 0 {
+                self.table.apply_all(now.part(0, done), PageEvent::Copied, crate::state::Action::None);
+                self.counted(bytes, done);
+                (at, installed, tries) = (at + done, installed + done, 0);
+            }
+            drop(inside);
+            match outcome {
+                Outcome::Done => {}
+                Outcome::Partial(_) => self.counters.partial.add(1),
+                Outcome::AlreadyThere => {
+                    self.counters.exists.add(1);
+                    self.table.apply(now.first(), PageEvent::AlreadyThere);
+                    self.installer.wake(now.part(0, 1));
+                    at += 1;
+                }
+                other => {
+                    tries += 1;
+                    if let Err(error) = self.again(other, now, tries) {
+                        self.release(span.part(at, u64::MAX));
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(installed)
+    }
+
+    fn counted(&self, bytes: Bytes<'_>, cells: u64) {
+        match bytes {
+            Bytes::Zero => self.counters.zero_pages.add(cells),
+            Bytes::Of(_) => self.counters.pages_copied.add(cells),
+        }
+    }
+
+    /// Installs zeros for a page that the guest gave back and now touches again, and for removed pages behind
+    /// it. Needs no claim: whoever is first, it is zeros.
+    pub(crate) fn fill_removed(&self, cell: Span) -> Result<(), RestoreError> {
+        let behind = self.plan.from(cell, self.policy.zero_step_pages / (self.cell_bytes(cell) / 4096));
+        let run = self.table.find(behind, |s| s != PageState::Removed).unwrap_or(behind.cells());
+        let (mut at, mut tries) = (0, 0);
+        while at < run {
+            let left = behind.part(at, run - at);
+            match self.installer.zero(left) {
+                Outcome::Done => {
+                    self.counters.zero_pages.add(left.cells());
+                    break;
+                }
+                Outcome::Partial(n) => {
+                    self.counters.zero_pages.add(n);
+                    at += n.max(1);
+                }
+                Outcome::AlreadyThere => {
+                    self.counters.exists.add(1);
+                    self.installer.wake(left.part(0, 1));
+                    at += 1;
+                }
+                other => {
+                    tries += 1;
+                    self.again(other, left, tries)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Prepares for another try after `outcome`, or says why there cannot be one. Not inside the gate.
+    pub(crate) fn again(&self, outcome: Outcome, at: Span, tries: u32) -> Result<(), RestoreError> {
+        match outcome {
+            Outcome::Again => {
+                self.counters.again.add(1);
+                // The event is drained by whoever comes first; the kernel then lets installs pass once the
+                // thread that removed has been scheduled.
+                if self.pump()? > 0 {
+                    self.ring();
+                }
+                match tries {
+                    0..64 => std::thread::yield_now(),
+                    _ => std::thread::sleep(Duration::from_micros(50)),
+                }
+                if self.is_stopping() { Err(RestoreError::Stopped) } else { Ok(()) }
+            }
+            Outcome::NoMemory if tries < NO_MEMORY_RETRIES => {
+                if self.queue.pause(Duration::from_millis(100)) { Err(RestoreError::Stopped) } else { Ok(()) }
+            }
+            Outcome::VmGone => Err(RestoreError::VmGone),
+            Outcome::RegionGone => Err(RestoreError::RegionGone { region: at.region() }),
+            Outcome::NoMemory => Err(self.refused(at, libc::ENOMEM)),
+            Outcome::Unsupported(e) | Outcome::Refused(e) => Err(self.refused(at, e)),
+            Outcome::Done | Outcome::Partial(_) | Outcome::AlreadyThere => Ok(()),
+        }
+    }
+
+    fn refused(&self, at: Span, errno: i32) -> RestoreError {
+        let page = self.plan.pages_of(at.first()).map_or(PageIndex(u64::MAX), |run| run.first);
+        RestoreError::Install { page, error: std::io::Error::from_raw_os_error(errno) }
+    }
+
+    /// Gives claims back: the cells count as awaited, since someone may have come to wait meanwhile.
+    fn release(&self, span: Span) {
+        self.table.apply_all(span, PageEvent::Released, crate::state::Action::None);
+    }
+
+    /// Bytes in one cell of `span`'s region.
+    pub(crate) fn cell_bytes(&self, span: Span) -> u64 {
+        self.plan.region(span.region()).map_or(4096, |r| r.spec.page_size.bytes())
+    }
+}

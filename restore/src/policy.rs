@@ -1,0 +1,102 @@
+//! What a restore may decide differently from VM to VM.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::RestoreError;
+
+/// How often and how patiently a failing fetch is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// Repetitions after the first try.
+    pub limit: u32,
+    /// The wait before the first repetition; it doubles from there.
+    pub first: Duration,
+    /// The longest wait between two tries.
+    pub longest: Duration,
+}
+
+impl Default for Retry {
+    /// About two minutes in all: longer than a load balancer takes to notice, shorter than a person.
+    fn default() -> Self {
+        Retry { limit: 64, first: Duration::from_millis(10), longest: Duration::from_secs(2) }
+    }
+}
+
+impl Retry {
+    /// The wait before repetition `n`, counted from zero.
+    pub fn wait(&self, n: u32) -> Duration {
+        self.first.saturating_mul(1u32.checked_shl(n).unwrap_or(u32::MAX)).min(self.longest)
+    }
+}
+
+/// Ends the VM, and says why. Called once, from a thread of the restore, and must not wait for the restore.
+pub type KillVm = Arc<dyn Fn(&RestoreError) + Send + Sync>;
+
+/// What is done when a page a vCPU waits for cannot be had correctly. Zeros are not an answer.
+#[derive(Clone)]
+pub enum FailClosed {
+    /// Poison the page: the access raises SIGBUS in the VMM or a machine check in the guest. If the kernel
+    /// cannot poison (before Linux 6.6) the vCPU keeps waiting and [`RestoreError`] says so; with a kill
+    /// function, it is called instead.
+    Poison {
+        /// What to do where poisoning is not possible.
+        or_kill: Option<KillVm>,
+    },
+    /// End the VM. Its vCPU stays blocked until then.
+    Kill(KillVm),
+}
+
+impl fmt::Debug for FailClosed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            FailClosed::Poison { .. } => "Poison",
+            FailClosed::Kill(_) => "Kill",
+        })
+    }
+}
+
+/// The settings of one restore.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Threads that only answer faults. At least one.
+    pub demand_workers: usize,
+    /// Threads that prefetch when no fault waits for them.
+    pub prefetch_workers: usize,
+    /// Pages installed for a fault in a run of zeros, at most: touching fresh memory tends to go on.
+    pub zero_step_pages: u64,
+    /// Pages installed by one ioctl at most (512: 2 MiB). Where the guest can give pages back, a quarter
+    /// MiB at most is used, because reading events waits for installs under way.
+    pub step_pages: u64,
+    /// How long the fault thread looks for the next fault before it sleeps. Sleeping and waking costs more
+    /// than answering a fault; spinning costs a core.
+    pub spin: Duration,
+    /// Decoded frames kept because the image shows them in more than one place.
+    pub decoded_frames: usize,
+    /// Repetition of failed fetches.
+    pub retry: Retry,
+    /// What is done when repetition does not help.
+    pub fail_closed: FailClosed,
+    /// First touches recorded at most.
+    pub record_pages: usize,
+    /// First touches are recorded for this long from the start.
+    pub record_window: Duration,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            demand_workers: 2,
+            prefetch_workers: 2,
+            zero_step_pages: 64,
+            step_pages: 512,
+            spin: Duration::from_micros(30),
+            decoded_frames: 16,
+            retry: Retry::default(),
+            fail_closed: FailClosed::Poison { or_kill: None },
+            record_pages: 256 * 1024,
+            record_window: Duration::from_secs(60),
+        }
+    }
+}

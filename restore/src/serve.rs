@@ -1,0 +1,287 @@
+//! From a wanted page to its bytes: locate, fetch once, install.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use dormouse_core::page::{PAGE_BYTES, PageIndex};
+
+use crate::core::{Core, lock};
+use crate::error::RestoreError;
+use crate::fill::Bytes;
+use crate::frames::{Begin, Waiter};
+use crate::plan::{PageSize, Span};
+use crate::source::{Content, DecodedFrame, Extent, FrameToken, SourceError, SourceErrorKind};
+use crate::state::PageState;
+
+impl Core {
+    /// Answers a fault, waiting for the source as long as it takes.
+    pub(crate) fn serve_demand(&self, cell: Span, since: Instant) {
+        if self.page_size(cell) == PageSize::Huge {
+            return self.serve_huge(cell, Some(since));
+        }
+        let Some(page) = self.awaited_page(cell) else { return };
+        match self.located(page) {
+            Ok(extent) => self.serve_extent(cell, extent, Some(since)),
+            Err(error) => self.fail_cells(cell, &error),
+        }
+    }
+
+    /// Answers a fault without waiting; false if that is not possible.
+    pub(crate) fn serve_inline(&self, cell: Span, since: Instant) -> bool {
+        if self.page_size(cell) == PageSize::Huge {
+            return false;
+        }
+        let Some(page) = self.awaited_page(cell) else { return true };
+        let source = self.plan.source();
+        let located = catch_unwind(AssertUnwindSafe(|| source.try_locate(page))).ok().flatten();
+        let Some(extent) = located.filter(|e| e.contains(page)) else { return false };
+        let Content::Frame { frame, .. } = extent.content else {
+            self.serve_extent(cell, extent, Some(since));
+            return true;
+        };
+        let fetched = || catch_unwind(AssertUnwindSafe(|| source.try_fetch(frame))).ok().flatten();
+        let Some(decoded) = self.frames.kept(frame).or_else(fetched) else { return false };
+        self.counters.inline_hits.add(1);
+        self.install(Waiter { wanted: cell, extent, since: Some(since) }, &decoded);
+        true
+    }
+
+    /// Prefetches `span`, at most 2 MiB, giving way to faults between frames.
+    pub(crate) fn serve_prefetch(&self, span: Span) {
+        let size = self.page_size(span);
+        let mut at = 0;
+        while at < span.cells() {
+            let left = span.part(at, u64::MAX);
+            if self.queue.demand_waiting() || self.is_stopping() {
+                return self.queue.put_back(left, size);
+            }
+            let wanted = |s| matches!(s, PageState::Absent | PageState::Awaited);
+            let Some(skip) = self.table.find(left, wanted) else { return };
+            let left = left.part(skip, u64::MAX);
+            at += skip;
+            if size == PageSize::Huge {
+                self.serve_huge(left.part(0, 1), None);
+                at += 1;
+                continue;
+            }
+            let Some(run) = self.plan.pages_of(left.first()) else { return };
+            match self.located(run.first) {
+                Ok(extent) => {
+                    let here = left.part(0, extent.end() - run.first.0);
+                    at += here.cells();
+                    self.serve_extent(here, extent, None);
+                }
+                Err(error) => {
+                    self.fill_failed(run.first, &error);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Installs what `wanted` needs of `extent`, in which it lies.
+    fn serve_extent(&self, wanted: Span, extent: Extent, since: Option<Instant>) {
+        match extent.content {
+            Content::Zero => self.install_zeros(wanted, extent, since),
+            Content::Frame { frame, .. } => {
+                let waiter = Waiter { wanted, extent, since };
+                match self.frames.begin(frame, waiter, || self.table.any_wanted(wanted)) {
+                    Begin::Fetch => self.fetch_and_install(frame),
+                    Begin::AtHand(decoded) => self.install(waiter, &decoded),
+                    Begin::Attached | Begin::Unneeded => {}
+                }
+            }
+        }
+    }
+
+    fn install_zeros(&self, wanted: Span, extent: Extent, since: Option<Instant>) {
+        let mut span = wanted;
+        if since.is_some()
+            && let Some(run) = self.plan.pages_of(wanted.first())
+        {
+            // The block of that many pages around the fault, as far as the zeros go.
+            let step = self.policy.zero_step_pages.max(1);
+            let block = run.first.0 / step * step;
+            let (first, end) = (extent.first.0.max(block), extent.end().min(block + step));
+            span = self.plan.clip(wanted.region(), first, end).unwrap_or(wanted);
+        }
+        let done = self.fill(span, Bytes::Zero);
+        self.filled(done, since);
+    }
+
+    fn fetch_and_install(&self, frame: FrameToken) {
+        match self.fetched(frame) {
+            Ok(decoded) => {
+                // Kept before the fetch ends, so that no other thread can start another in between.
+                let mut shown = 0;
+                while let Some(waiters) = self.frames.waiters(frame) {
+                    for waiter in waiters {
+                        // A fault gets all that the run shows of the frame; a prefetch what it asked for.
+                        shown += waiter.since.map_or(waiter.wanted.cells(), |_| waiter.extent.pages);
+                        if shown < decoded.pages() {
+                            self.frames.keep(frame, &decoded);
+                        }
+                        self.install(waiter, &decoded);
+                    }
+                }
+            }
+            Err(error) => {
+                for waiter in self.frames.abandon(frame) {
+                    self.withhold(&waiter, &error);
+                }
+            }
+        }
+    }
+
+    /// Installs from a decoded frame: for a fault, the absent neighbours of its run too.
+    fn install(&self, waiter: Waiter, decoded: &DecodedFrame) {
+        let Waiter { wanted, extent, since } = waiter;
+        let span = match since {
+            Some(_) => self.plan.clip(wanted.region(), extent.first.0, extent.end()).unwrap_or(wanted),
+            None => wanted,
+        };
+        let bytes = self.plan.pages_of(span.first()).and_then(|run| {
+            let Content::Frame { slot, .. } = extent.content else { return None };
+            decoded.slots(slot.get() as u64 + (run.first.0 - extent.first.0), span.cells())
+        });
+        match bytes {
+            Some(bytes) => {
+                let done = self.fill(span, Bytes::Of(bytes));
+                self.filled(done, since);
+            }
+            None => {
+                let message = format!(
+                    "its frame holds {} pages, fewer than its page map says; run `verify` on the snapshot",
+                    decoded.pages()
+                );
+                self.withhold(&waiter, &SourceError::new(SourceErrorKind::Damaged, message));
+            }
+        }
+    }
+
+    /// Gathers a 2 MiB page from its frames and installs it whole.
+    fn serve_huge(&self, cell: Span, since: Option<Instant>) {
+        if !self.table.any_wanted(cell) || !self.huge_under_way.begin(cell.first()) {
+            return;
+        }
+        let gathered = self.gather(cell);
+        if let Ok(bytes) = &gathered {
+            let done = self.fill(cell, bytes.as_deref().map_or(Bytes::Zero, Bytes::Of));
+            self.filled(done, since);
+        }
+        // First out of the set, then look who waits: a fault that found it in the set was left to us.
+        self.huge_under_way.end(cell.first());
+        if let Err(error) = gathered {
+            if let Some(run) = self.plan.pages_of(cell.first()) {
+                self.fill_failed(run.first, &error);
+            }
+            self.fail_cells(cell, &error);
+        }
+    }
+
+    /// The bytes of a 2 MiB page; `None` if they are all zero.
+    fn gather(&self, cell: Span) -> Result<Option<Box<[u8]>>, SourceError> {
+        let Some(run) = self.plan.pages_of(cell.first()) else { return Ok(None) };
+        let (mut bytes, end): (Option<Box<[u8]>>, u64) = (None, run.first.0 + run.pages);
+        let mut page = run.first.0;
+        while page < end {
+            let extent = self.located(PageIndex(page))?;
+            let pages = extent.end().min(end) - page;
+            if let Content::Frame { frame, slot } = extent.content {
+                let decoded = match self.frames.kept(frame) {
+                    Some(decoded) => decoded,
+                    None => self.fetched(frame)?,
+                };
+                if pages < decoded.pages() {
+                    self.frames.keep(frame, &decoded);
+                }
+                let from = decoded.slots(slot.get() as u64 + (page - extent.first.0), pages);
+                let at = (page - run.first.0) as usize * PAGE_BYTES;
+                let into = bytes.get_or_insert_with(|| vec![0; run.pages as usize * PAGE_BYTES].into());
+                match (from, into.get_mut(at..at + pages as usize * PAGE_BYTES)) {
+                    (Some(from), Some(into)) => into.copy_from_slice(from),
+                    _ => return Err(SourceError::new(SourceErrorKind::Damaged, "a frame is shorter than its page map says")),
+                }
+            }
+            page += pages;
+        }
+        Ok(bytes)
+    }
+
+    /// Books an install, or acts on its failure.
+    pub(crate) fn filled(&self, done: Result<u64, RestoreError>, since: Option<Instant>) {
+        match (done, since) {
+            (Ok(_), Some(since)) => self.timeline.fault_took(since.elapsed()),
+            (Ok(pages), None) => self.counters.prefetched_pages.add(pages),
+            (Err(error), _) => self.fail_with(error),
+        }
+    }
+
+    fn withhold(&self, waiter: &Waiter, error: &SourceError) {
+        match (waiter.since, self.plan.pages_of(waiter.wanted.first())) {
+            (None, Some(run)) => self.fill_failed(run.first, error),
+            _ => self.fail_cells(waiter.wanted, error),
+        }
+    }
+
+    fn fill_failed(&self, page: PageIndex, error: &SourceError) {
+        let error = RestoreError::Page { page, error: error.clone() };
+        lock(&self.fill_failure).get_or_insert_with(|| Arc::new(error));
+    }
+
+    /// The run that holds `page`, with retries.
+    fn located(&self, page: PageIndex) -> Result<Extent, SourceError> {
+        let source = self.plan.source();
+        self.retrying(|| {
+            let extent = source.try_locate(page).map_or_else(|| source.locate(page), Ok)?;
+            if extent.contains(page) {
+                return Ok(extent);
+            }
+            let message = format!("the page map answered for pages {}.. instead", extent.first.0);
+            Err(SourceError::new(SourceErrorKind::Damaged, message))
+        })
+    }
+
+    /// The frame, with retries.
+    fn fetched(&self, frame: FrameToken) -> Result<DecodedFrame, SourceError> {
+        self.retrying(|| {
+            self.counters.fetches.add(1);
+            self.plan.source().fetch(frame)
+        })
+    }
+
+    fn retrying<T>(&self, get: impl Fn() -> Result<T, SourceError>) -> Result<T, SourceError> {
+        let (mut retries, mut damaged) = (0, false);
+        loop {
+            let got = catch_unwind(AssertUnwindSafe(&get)).unwrap_or_else(|_| {
+                Err(SourceError::new(SourceErrorKind::Damaged, "the page source panicked; this is a bug in it"))
+            });
+            let error = match got {
+                Ok(got) => return Ok(got),
+                Err(error) => error,
+            };
+            match error.kind {
+                SourceErrorKind::Retryable if retries < self.policy.retry.limit => {
+                    tracing::debug!(%error, retries, "retrying");
+                    if self.queue.pause(self.policy.retry.wait(retries)) {
+                        return Err(error);
+                    }
+                    retries += 1;
+                }
+                SourceErrorKind::Damaged if !damaged => damaged = true,
+                _ => return Err(error),
+            }
+            self.counters.retries.add(1);
+        }
+    }
+
+    fn awaited_page(&self, cell: Span) -> Option<PageIndex> {
+        let waits = self.table.get(cell.first()) == PageState::Awaited;
+        waits.then(|| self.plan.pages_of(cell.first())).flatten().map(|run| run.first)
+    }
+
+    pub(crate) fn page_size(&self, span: Span) -> PageSize {
+        self.plan.region(span.region()).map_or(PageSize::Small, |r| r.spec.page_size)
+    }
+}

@@ -1,0 +1,93 @@
+use std::sync::Arc;
+
+use super::*;
+
+#[cfg(not(feature = "loom"))]
+mod threads {
+    use super::*;
+
+    #[test]
+    fn one_of_many_threads_wins_each_claim() {
+        let table = Arc::new(PageTable::new(40_000));
+        let wins: u64 = std::thread::scope(|s| {
+            let claim = || (0..40_000).filter(|&c| table.apply(Cell(c), PageEvent::Claim) == Action::Install).count() as u64;
+            let threads: Vec<_> = (0..4).map(|_| s.spawn(claim)).collect();
+            threads.into_iter().map(|t| t.join().expect("no panic")).sum()
+        });
+        assert_eq!(wins, 40_000);
+    }
+
+    #[test]
+    fn settled_counts_each_page_once() {
+        let table = PageTable::new(3);
+        for event in [PageEvent::Claim, PageEvent::Copied, PageEvent::Removed, PageEvent::Removed] {
+            table.apply(Cell(0), event);
+        }
+        assert_eq!(table.settled(), 1);
+        assert_eq!(table.get(Cell(3)), PageState::Poisoned, "outside the table nothing is claimable");
+        assert_eq!(table.apply(Cell(3), PageEvent::Fault), Action::None);
+    }
+
+    #[test]
+    fn an_untouched_table_holds_no_leaves() {
+        let table = PageTable::new(16 << 20);
+        assert_eq!(table.get(Cell(9_000_000)), PageState::Absent);
+        table.apply(Cell(9_000_000), PageEvent::Fault);
+        assert_eq!(table.leaves.iter().filter(|l| l.get().is_some()).count(), 1);
+    }
+}
+
+/// Every interleaving of the threads that meet at one page, with a model of the kernel's page.
+#[cfg(feature = "loom")]
+mod model {
+    use loom::sync::RwLock;
+    use loom::sync::atomic::AtomicBool;
+    use loom::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_removed_page_never_shows_the_images_bytes() {
+        loom::model(|| {
+            let state = Arc::new(StateCell::new());
+            let gate = Arc::new(RwLock::new(()));
+            let image_bytes_shown = Arc::new(AtomicBool::new(false));
+            let (s, g, p) = (state.clone(), gate.clone(), image_bytes_shown.clone());
+            let copier = thread::spawn(move || {
+                let _inside = g.read().unwrap();
+                if s.apply(PageEvent::Claim).2 == Action::Install && s.get() == PageState::Copying {
+                    p.store(true, Ordering::Release);
+                    s.apply(PageEvent::Copied);
+                }
+            });
+            {
+                let _outside = gate.write().unwrap();
+                state.apply(PageEvent::Removed);
+            }
+            // The kernel drops the page only after the event was read.
+            image_bytes_shown.store(false, Ordering::Release);
+            copier.join().unwrap();
+            assert_eq!(state.get(), PageState::Removed);
+            assert!(!image_bytes_shown.load(Ordering::Acquire), "a copy landed after the removal");
+        });
+    }
+
+    #[test]
+    fn a_fault_that_races_an_install_is_answered() {
+        loom::model(|| {
+            let state = Arc::new(StateCell::new());
+            let woken = Arc::new(AtomicBool::new(false));
+            let (s, w) = (state.clone(), woken.clone());
+            let copier = thread::spawn(move || {
+                if s.apply(PageEvent::Claim).2 == Action::Install {
+                    w.store(true, Ordering::Release);
+                    s.apply(PageEvent::Copied);
+                }
+            });
+            let action = state.apply(PageEvent::Fault).2;
+            copier.join().unwrap();
+            let scheduled = action == Action::Schedule && state.apply(PageEvent::Claim).2 == Action::Install;
+            assert!(woken.load(Ordering::Acquire) || action == Action::Wake || scheduled);
+        });
+    }
+}
