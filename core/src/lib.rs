@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod content;
 pub mod domain;
 pub mod envelope;
 pub mod error;
@@ -19,6 +20,7 @@ pub mod root;
 pub mod section;
 pub mod wire;
 
+pub use content::{SectionContent, blob_content};
 pub use domain::{Domain, DomainId, DomainKey};
 pub use error::FormatError;
 pub use frame::{Codec, FrameRef};

@@ -316,7 +316,7 @@ impl PackBuilder {
     /// Whether the pack has reached the size at which it is to be closed. A pack that is pushed to while it is not
     /// full stays within every limit of the format.
     pub fn is_full(&self) -> bool {
-        self.len() >= PACK_TARGET_BYTES
+        self.len() >= PACK_TARGET_BYTES || self.footer.frames.len() >= PACK_FRAMES_MAX
     }
 
     /// Whether no frame was added yet.
