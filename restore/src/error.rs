@@ -78,7 +78,9 @@ pub enum RestoreError {
         error: std::io::Error,
     },
     /// A fault outside all regions.
-    #[error("fault at {address:#x}, outside all regions of the plan: the VMM registered memory it did not announce")]
+    #[error(
+        "fault at {address:#x}, outside all regions of the plan: the VMM registered memory it did not announce"
+    )]
     StrayFault {
         /// Where.
         address: u64,

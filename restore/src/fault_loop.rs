@@ -43,7 +43,8 @@ pub(crate) fn run(core: &Core) {
 fn answer(core: &Core, faults: &mut Vec<Fault>, stale: &mut Stale) {
     let mut inline = None;
     for fault in faults.drain(..) {
-        let found = core.memory.find(fault.address).and_then(|(region, page)| core.plan.span(region, page, 1));
+        let found =
+            core.memory.find(fault.address).and_then(|(region, page)| core.plan.span(region, page, 1));
         let Some(cell) = found else {
             core.stray(fault.address);
             continue;

@@ -75,7 +75,9 @@ pub enum PlanError {
     #[error("region {0} is empty: leave it out")]
     Empty(usize),
     /// A region of huge pages whose image range does not start and end on one.
-    #[error("region {region} has 2 MiB pages but covers image pages {first}..{end}: both must be multiples of 512")]
+    #[error(
+        "region {region} has 2 MiB pages but covers image pages {first}..{end}: both must be multiples of 512"
+    )]
     Unaligned {
         /// Which region.
         region: usize,

@@ -201,7 +201,12 @@ impl Core {
                 let into = bytes.get_or_insert_with(|| vec![0; run.pages as usize * PAGE_BYTES].into());
                 match (from, into.get_mut(at..at + pages as usize * PAGE_BYTES)) {
                     (Some(from), Some(into)) => into.copy_from_slice(from),
-                    _ => return Err(SourceError::new(SourceErrorKind::Damaged, "a frame is shorter than its page map says")),
+                    _ => {
+                        return Err(SourceError::new(
+                            SourceErrorKind::Damaged,
+                            "a frame is shorter than its page map says",
+                        ));
+                    }
                 }
             }
             page += pages;
@@ -255,7 +260,10 @@ impl Core {
         let (mut retries, mut damaged) = (0, false);
         loop {
             let got = catch_unwind(AssertUnwindSafe(&get)).unwrap_or_else(|_| {
-                Err(SourceError::new(SourceErrorKind::Damaged, "the page source panicked; this is a bug in it"))
+                Err(SourceError::new(
+                    SourceErrorKind::Damaged,
+                    "the page source panicked; this is a bug in it",
+                ))
             });
             let error = match got {
                 Ok(got) => return Ok(got),

@@ -45,8 +45,10 @@ impl Restore {
             let core = core.clone();
             Builder::new().name(name.into()).spawn(move || run(&core)).map(|t| handle.threads.push(t))
         };
-        let demand = (0..core.policy.demand_workers).map(|_| ("dm-demand", (|c| worker::run(c, true)) as fn(&Core)));
-        let prefetch = (0..core.policy.prefetch_workers).map(|_| ("dm-prefetch", (|c| worker::run(c, false)) as fn(&Core)));
+        let demand =
+            (0..core.policy.demand_workers).map(|_| ("dm-demand", (|c| worker::run(c, true)) as fn(&Core)));
+        let prefetch = (0..core.policy.prefetch_workers)
+            .map(|_| ("dm-prefetch", (|c| worker::run(c, false)) as fn(&Core)));
         // The fault thread last: if a worker cannot be had, no fault has been taken off the descriptor.
         for (name, run) in demand.chain(prefetch).chain([("dm-fault", fault_loop::run as fn(&Core))]) {
             if let Err(error) = start(name, run) {

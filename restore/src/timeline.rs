@@ -109,7 +109,10 @@ mod tests {
         }
         let faults = timeline.report().fault_latency;
         assert_eq!(faults.count(), 6);
-        assert_eq!((faults.log2_us[0], faults.log2_us[1], faults.log2_us[2], faults.log2_us[7]), (1, 1, 1, 2));
+        assert_eq!(
+            (faults.log2_us[0], faults.log2_us[1], faults.log2_us[2], faults.log2_us[7]),
+            (1, 1, 1, 2)
+        );
         assert_eq!(faults.quantile_us(0.5), Some(4));
         assert_eq!(Histogram::default().quantile_us(0.5), None);
     }

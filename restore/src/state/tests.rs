@@ -31,7 +31,10 @@ fn only_a_removed_page_is_ever_zero_filled_on_a_fault() {
     for state in PageState::ALL {
         for event in PageEvent::ALL {
             let (_, action) = step(state, event);
-            assert_eq!(action == Action::InstallZero, state == PageState::Removed && event == PageEvent::Fault);
+            assert_eq!(
+                action == Action::InstallZero,
+                state == PageState::Removed && event == PageEvent::Fault
+            );
         }
     }
 }

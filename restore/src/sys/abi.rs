@@ -83,8 +83,7 @@ pub(super) fn api(fd: BorrowedFd<'_>, call: &mut ApiCall) -> Option<i32> {
 /// `dst..dst + src.len()` must lie in a range whose owner registered it with `fd` to be filled by us. The
 /// kernel fills only pages that are missing in such a range.
 pub(super) unsafe fn copy(fd: BorrowedFd<'_>, dst: u64, src: &[u8]) -> (Option<i32>, i64) {
-    let mut call =
-        CopyCall { dst, src: src.as_ptr() as u64, len: src.len() as u64, mode: 0, progress: 0 };
+    let mut call = CopyCall { dst, src: src.as_ptr() as u64, len: src.len() as u64, mode: 0, progress: 0 };
     // SAFETY: UFFDIO_COPY reads and writes one `struct uffdio_copy` (layout asserted above), and reads
     // `src`, a live slice; what it writes at `dst` the caller answers for.
     let rc = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_COPY, &raw mut call) };
@@ -93,9 +92,12 @@ pub(super) unsafe fn copy(fd: BorrowedFd<'_>, dst: u64, src: &[u8]) -> (Option<i
 
 /// Asks for a copy from an address that can hold nothing, to hear whether the address space still lives.
 /// EFAULT (or EEXIST) if so, ESRCH if not. Nothing can be installed by it.
-pub(super) fn copy_from_nowhere(fd: BorrowedFd<'_>, dst: u64, nowhere: &super::mapping::Nowhere) -> Option<i32> {
-    let mut call =
-        CopyCall { dst, src: nowhere.addr(), len: nowhere.bytes(), mode: 0, progress: 0 };
+pub(super) fn copy_from_nowhere(
+    fd: BorrowedFd<'_>,
+    dst: u64,
+    nowhere: &super::mapping::Nowhere,
+) -> Option<i32> {
+    let mut call = CopyCall { dst, src: nowhere.addr(), len: nowhere.bytes(), mode: 0, progress: 0 };
     // SAFETY: as in `copy`, but the source is mapped without access rights for as long as `nowhere` lives,
     // so the kernel fails with EFAULT before it installs anything.
     errno_of(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_COPY, &raw mut call) })

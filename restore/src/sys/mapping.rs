@@ -87,7 +87,9 @@ impl Mapping {
 
     /// Copies page `page` (of 4 KiB, from the start) to `into`; false if it is outside. Waits if it is absent.
     pub fn read_page(&self, page: u64, into: &mut [u8; PAGE_BYTES]) -> bool {
-        let Some(at) = usize::try_from(page).ok().and_then(|p| p.checked_mul(PAGE_BYTES)) else { return false };
+        let Some(at) = usize::try_from(page).ok().and_then(|p| p.checked_mul(PAGE_BYTES)) else {
+            return false;
+        };
         for (i, word) in into.chunks_exact_mut(8).enumerate() {
             match self.load(at + i * 8) {
                 Some(value) => word.copy_from_slice(&value.to_ne_bytes()),
@@ -133,7 +135,12 @@ impl Nowhere {
         let bytes = page_size.bytes() as usize;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let start = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
         }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         // Never read: no method of the inner Mapping is offered.

@@ -66,7 +66,8 @@ impl Memory {
 
     /// The region that `address` lies in, and the page (of its size) within it.
     pub fn find(&self, address: u64) -> Option<(usize, u64)> {
-        let index = self.regions.iter().position(|r| (r.start()..r.start() + r.bytes()).contains(&address))?;
+        let index =
+            self.regions.iter().position(|r| (r.start()..r.start() + r.bytes()).contains(&address))?;
         let region = &self.regions[index];
         Some((index, (address - region.start()) / region.page_size().bytes()))
     }

@@ -68,17 +68,16 @@ impl RegisteredRegion {
 
     /// Stops faults to us: pages missing from here on are zero pages. Whoever waits is woken.
     pub fn unregister(&self) -> Result<(), UffdError> {
-        self.inner.uffd.unregister(self.start as *mut libc::c_void, self.bytes as usize).map_err(|e| {
-            UffdError::Io { what: "unregistering a region", error: std::io::Error::other(e) }
-        })
+        self.inner
+            .uffd
+            .unregister(self.start as *mut libc::c_void, self.bytes as usize)
+            .map_err(|e| UffdError::Io { what: "unregistering a region", error: std::io::Error::other(e) })
     }
 
     /// Whether the VM's address space still exists. Installs nothing.
     pub fn is_alive(&self) -> bool {
         match Nowhere::new(self.page_size) {
-            Ok(nowhere) => {
-                abi::copy_from_nowhere(self.inner.fd(), self.start, &nowhere) != Some(libc::ESRCH)
-            }
+            Ok(nowhere) => abi::copy_from_nowhere(self.inner.fd(), self.start, &nowhere) != Some(libc::ESRCH),
             // Not to be told; the next install will say.
             Err(_) => true,
         }

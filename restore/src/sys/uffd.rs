@@ -21,7 +21,9 @@ pub enum UffdError {
     )]
     NotPermitted(#[source] io::Error),
     /// The kernel has none.
-    #[error("this kernel has no userfaultfd ({0}): build it with CONFIG_USERFAULTFD=y; Dormouse needs Linux 5.7 or later")]
+    #[error(
+        "this kernel has no userfaultfd ({0}): build it with CONFIG_USERFAULTFD=y; Dormouse needs Linux 5.7 or later"
+    )]
     Missing(#[source] io::Error),
     /// The kernel refuses the features asked for.
     #[error("the kernel refused the userfaultfd handshake with features {features:#x}: {error}")]
@@ -32,13 +34,17 @@ pub enum UffdError {
         error: io::Error,
     },
     /// The descriptor received is something else.
-    #[error("the descriptor received is not a userfaultfd but {found}: the VMM must send its userfaultfd with the handshake")]
+    #[error(
+        "the descriptor received is not a userfaultfd but {found}: the VMM must send its userfaultfd with the handshake"
+    )]
     NotUffd {
         /// What it is.
         found: String,
     },
     /// Memory could not be registered.
-    #[error("cannot register {bytes} bytes at {address:#x}: {error}; the range must be mapped, aligned and not registered elsewhere")]
+    #[error(
+        "cannot register {bytes} bytes at {address:#x}: {error}; the range must be mapped, aligned and not registered elsewhere"
+    )]
     Register {
         /// The range's start.
         address: u64,
@@ -48,7 +54,9 @@ pub enum UffdError {
         error: io::Error,
     },
     /// A range that a region cannot have.
-    #[error("region at {address:#x} of {bytes} bytes is empty, unaligned to its {page_bytes} byte pages, or wraps around")]
+    #[error(
+        "region at {address:#x} of {bytes} bytes is empty, unaligned to its {page_bytes} byte pages, or wraps around"
+    )]
     BadRange {
         /// The range's start.
         address: u64,
@@ -167,25 +175,35 @@ impl Uffd {
     /// Registers `memory` so that its missing pages fault to us.
     pub fn register(&self, memory: &Arc<Mapping>) -> Result<RegisteredRegion, UffdError> {
         let (address, bytes) = (memory.addr(), memory.bytes() as u64);
-        self.0.uffd.register(address as *mut libc::c_void, memory.bytes()).map_err(|e| UffdError::Register {
-            address,
-            bytes,
-            error: match e {
-                userfaultfd::Error::SystemError(e) => e.into(),
-                e => io::Error::other(e),
-            },
+        self.0.uffd.register(address as *mut libc::c_void, memory.bytes()).map_err(|e| {
+            UffdError::Register {
+                address,
+                bytes,
+                error: match e {
+                    userfaultfd::Error::SystemError(e) => e.into(),
+                    e => io::Error::other(e),
+                },
+            }
         })?;
         RegisteredRegion::new(self, address, bytes, memory.page_size(), Some(memory.clone()))
     }
 
     /// A range which the VMM that sent this userfaultfd says it has registered. Only arithmetic is checked
     /// here: if the VMM lied, installs fail with [`Outcome::RegionGone`](crate::outcome::Outcome::RegionGone).
-    pub fn announced(&self, address: u64, bytes: u64, page_size: PageSize) -> Result<RegisteredRegion, UffdError> {
+    pub fn announced(
+        &self,
+        address: u64,
+        bytes: u64,
+        page_size: PageSize,
+    ) -> Result<RegisteredRegion, UffdError> {
         RegisteredRegion::new(self, address, bytes, page_size, None)
     }
 
     /// Reads the messages that wait, at most as many as `into` has room for; empty if none does.
-    pub fn read_events<'b>(&self, into: &'b mut EventBuffer) -> Result<impl Iterator<Item = Event> + 'b, UffdError> {
+    pub fn read_events<'b>(
+        &self,
+        into: &'b mut EventBuffer,
+    ) -> Result<impl Iterator<Item = Event> + 'b, UffdError> {
         let got = match rustix::io::read(self.0.fd(), &mut into.0[..]) {
             Ok(got) => got,
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,

@@ -10,7 +10,10 @@ mod threads {
     fn one_of_many_threads_wins_each_claim() {
         let table = Arc::new(PageTable::new(40_000));
         let wins: u64 = std::thread::scope(|s| {
-            let claim = || (0..40_000).filter(|&c| table.apply(Cell(c), PageEvent::Claim) == Action::Install).count() as u64;
+            let claim = || {
+                (0..40_000).filter(|&c| table.apply(Cell(c), PageEvent::Claim) == Action::Install).count()
+                    as u64
+            };
             let threads: Vec<_> = (0..4).map(|_| s.spawn(claim)).collect();
             threads.into_iter().map(|t| t.join().expect("no panic")).sum()
         });

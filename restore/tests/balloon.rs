@@ -1,0 +1,113 @@
+//! Pages the guest gives back read as zero, whatever is under way for them.
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(unreachable_pub, reason = "a shared module of the tests")]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use common::{Rng, TestImage, own, uffd_or_skip, verify};
+use dormouse_core::page::{PAGE_BYTES, PageIndex};
+use dormouse_restore::state::PageState;
+use dormouse_restore::{Mapping, PageSize, Policy, Restore, VmStopped};
+
+#[track_caller]
+fn verify_zero(mapping: &Mapping, page: u64) {
+    let mut found = [1; PAGE_BYTES];
+    assert!(mapping.read_page(page, &mut found));
+    assert!(found.iter().all(|b| *b == 0), "page {page} was given back and shows old bytes");
+}
+
+#[test]
+fn pages_given_back_are_zero_before_and_after_their_install() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(256));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    verify(&image, &mapping, 0);
+    mapping.discard(10, 100).unwrap();
+    // The event has been read, and is acted on before the next install or fault; not before this line.
+    while handle.page_state(PageIndex(109)) != Some(PageState::Removed) {
+        std::thread::yield_now();
+    }
+    (10..110).for_each(|p| verify_zero(&mapping, p));
+    (0..10).chain(110..256).for_each(|p| verify(&image, &mapping, p));
+    // Given back again after it was used again.
+    mapping.store(50 * PAGE_BYTES, 77);
+    mapping.discard(50, 1).unwrap();
+    verify_zero(&mapping, 50);
+    assert_eq!(handle.install_run(PageIndex(0), &image.bytes(0, 256)).unwrap(), 0);
+    let counts = handle.stop(VmStopped::attest());
+    assert_eq!(counts.removes, 2);
+}
+
+#[test]
+fn what_was_given_back_stays_zero_after_detach() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(2048));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    mapping.discard(500, 1000).unwrap();
+    let counts = handle.detach().unwrap();
+    assert_eq!(counts.pages_copied, 1048);
+    (500..1500).for_each(|p| verify_zero(&mapping, p));
+    (0..500).chain(1500..2048).for_each(|p| verify(&image, &mapping, p));
+}
+
+/// One thread gives pages back while others fault, prefetch and install in bulk. A page seen given back must
+/// be zero from then on; one never given back must be the image's.
+#[test]
+fn removal_beats_every_install_in_flight() {
+    const PAGES: u64 = 4096;
+    for seed in 0..4 {
+        let Some(uffd) = uffd_or_skip() else { return };
+        let image = Arc::new(TestImage::full(PAGES));
+        let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+        let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+        // 0: kept, 1: being given back, 2: given back.
+        let given: Vec<AtomicU8> = (0..PAGES).map(|_| AtomicU8::new(0)).collect();
+        std::thread::scope(|s| {
+            let (image, mapping, given) = (&image, &mapping, &given);
+            s.spawn(move || {
+                let mut rng = Rng(seed);
+                for _ in 0..400 {
+                    let (first, pages) = (rng.below(PAGES - 8), 1 + rng.below(8));
+                    (first..first + pages).for_each(|p| given[p as usize].store(1, Ordering::SeqCst));
+                    mapping.discard(first, pages).unwrap();
+                    (first..first + pages).for_each(|p| given[p as usize].store(2, Ordering::SeqCst));
+                }
+            });
+            for t in 0..2 {
+                s.spawn(move || {
+                    for page in Rng(100 + t).shuffled(PAGES) {
+                        let before = given[page as usize].load(Ordering::SeqCst);
+                        let mut found = [0; PAGE_BYTES];
+                        mapping.read_page(page, &mut found);
+                        let after = given[page as usize].load(Ordering::SeqCst);
+                        match (before, after) {
+                            (0, 0) => assert!(found == image.page(page), "page {page} is wrong"),
+                            (2, _) => assert!(found.iter().all(|b| *b == 0), "page {page} came back"),
+                            _ => {} // Given back while it was read.
+                        }
+                    }
+                });
+            }
+            let installer = handle.installer();
+            s.spawn(move || {
+                for first in (0..PAGES).step_by(512) {
+                    installer.install_run(PageIndex(first), &image.bytes(first, 512)).unwrap();
+                }
+            });
+            handle.fill_all();
+        });
+        let counts = handle.detach().unwrap();
+        assert_eq!(counts.removes, 400);
+        for (page, given) in (0..PAGES).zip(&given) {
+            match given.load(Ordering::SeqCst) {
+                0 => verify(&image, &mapping, page),
+                _ => verify_zero(&mapping, page),
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Pages that cannot be had: retried, then withheld; never zeros.
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(unreachable_pub, reason = "a shared module of the tests")]
+
+mod common;
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use common::{TestImage, own, uffd_or_skip, verify};
+use dormouse_core::page::PageIndex;
+use dormouse_restore::state::PageState;
+use dormouse_restore::{
+    FailClosed, PageSize, Policy, Restore, RestoreError, Retry, SourceError, SourceErrorKind, VmStopped,
+};
+
+fn quick(limit: u32) -> Retry {
+    Retry { limit, first: Duration::from_millis(1), longest: Duration::from_millis(2) }
+}
+
+fn failing(
+    pages: u64,
+    fail: impl Fn(u64, u64) -> Option<SourceErrorKind> + Send + Sync + 'static,
+) -> Arc<TestImage> {
+    let mut image = TestImage::full(pages);
+    image.fail = Some(Box::new(move |frame, n| Some(SourceError::new(fail(frame.0, n)?, "made to fail"))));
+    Arc::new(image)
+}
+
+#[test]
+fn two_errors_then_success_is_success() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(32, |_, n| (n < 2).then_some(SourceErrorKind::Retryable));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy { retry: quick(5), ..Policy::default() }).unwrap();
+    (0..32).for_each(|p| verify(&image, &mapping, p));
+    let counts = handle.stop(VmStopped::attest());
+    assert_eq!((counts.fetches, counts.retries, counts.poisoned), (3, 2, 0));
+}
+
+/// Runs the ignored test `name` of this binary as a process of its own; the signal that ended it.
+fn signal_of_child(name: &str) -> Option<i32> {
+    let exe = std::env::current_exe().unwrap();
+    let child = Command::new(exe).args(["--exact", name, "--ignored", "--nocapture"]).output().unwrap();
+    eprintln!("{}{}", String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
+    assert!(child.status.success() || child.status.signal().is_some(), "the child failed otherwise");
+    child.status.signal()
+}
+
+#[test]
+fn a_page_that_cannot_be_had_raises_sigbus() {
+    if uffd_or_skip().is_some() {
+        assert_eq!(signal_of_child("child_touches_a_page_of_a_dead_store"), Some(7));
+    }
+}
+
+#[test]
+#[ignore = "run by a_page_that_cannot_be_had_raises_sigbus as a process of its own"]
+fn child_touches_a_page_of_a_dead_store() {
+    let image = failing(64, |frame, _| (frame == 1).then_some(SourceErrorKind::Retryable));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd_or_skip().unwrap());
+    let _handle = Restore::start(plan, memory, Policy { retry: quick(3), ..Policy::default() }).unwrap();
+    (0..32).for_each(|p| verify(&image, &mapping, p));
+    let zero = mapping.load(40 * 4096);
+    panic!("a page that cannot be had was read as {zero:?}");
+}
+
+#[test]
+fn damage_is_fetched_once_more_and_then_withheld() {
+    if uffd_or_skip().is_some() {
+        assert_eq!(signal_of_child("child_touches_a_damaged_page"), Some(7));
+    }
+}
+
+#[test]
+#[ignore = "run by damage_is_fetched_once_more_and_then_withheld as a process of its own"]
+fn child_touches_a_damaged_page() {
+    let image = failing(64, |frame, n| {
+        assert!(n < 2, "damage was fetched {n} times");
+        (frame == 0).then_some(SourceErrorKind::Damaged)
+    });
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd_or_skip().unwrap());
+    let _handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    mapping.load(0);
+    panic!("a damaged page was read");
+}
+
+#[test]
+fn the_kill_policy_calls_once_and_leaves_the_vcpu_waiting() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    // Fails until told to stop failing, so that the waiting threads can end in the end.
+    let image = failing(64, |_, _| Some(SourceErrorKind::Gone));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (tell, told) = mpsc::channel();
+    let calls = Arc::new(AtomicU64::new(0));
+    let counted = calls.clone();
+    let kill = FailClosed::Kill(Arc::new(move |error: &RestoreError| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        tell.send(error.to_string()).unwrap();
+    }));
+    let handle = Restore::start(plan, memory, Policy { fail_closed: kill, ..Policy::default() }).unwrap();
+    std::thread::scope(|s| {
+        for page in [3, 40] {
+            let (image, mapping) = (&image, &mapping);
+            s.spawn(move || verify(image, mapping, page));
+        }
+        let why = told.recv().unwrap();
+        assert!(why.contains("made to fail") && why.contains("image page"), "{why}");
+        while handle.failures().len() < 2 {
+            std::thread::yield_now();
+        }
+        for page in [3, 40] {
+            assert_eq!(handle.page_state(PageIndex(page)), Some(PageState::Awaited));
+        }
+        // The bytes turn up by another way; whoever waits gets them, not zeros.
+        handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap();
+    });
+    let counts = handle.stop(VmStopped::attest());
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    assert_eq!((counts.poisoned, counts.zero_pages), (0, 0));
+}
+
+#[test]
+fn a_fill_that_fails_is_told_and_poisons_nothing() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(256, |frame, n| (frame == 3 && n < 100).then_some(SourceErrorKind::Gone));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    let refused = *handle.detach().unwrap_err();
+    assert!(matches!(*refused.error, RestoreError::Page { .. }), "{refused}");
+    let handle = refused.handle;
+    assert_eq!(handle.counters().poisoned, 0);
+    assert_eq!(handle.page_state(PageIndex(96)), Some(PageState::Absent));
+    (0..96).chain(128..256).for_each(|p| verify(&image, &mapping, p));
+    handle.stop(VmStopped::attest());
+}
+
+#[test]
+fn a_source_that_panics_counts_as_damaged() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |_, n| if n == 0 { panic!("a bug in the source") } else { None });
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    (0..64).for_each(|p| verify(&image, &mapping, p));
+    assert_eq!(handle.stop(VmStopped::attest()).retries, 1);
+}

@@ -1,0 +1,75 @@
+//! Regions of 2 MiB pages.
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(unreachable_pub, reason = "a shared module of the tests")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Rng, TestImage, own, skip, uffd_or_skip, verify};
+use dormouse_core::page::PageIndex;
+use dormouse_restore::{Extent, Mapping, PageRun, PageSize, Policy, Restore, VmStopped};
+
+const NR: &str = "/proc/sys/vm/nr_hugepages";
+const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+
+fn number(path: &str) -> u64 {
+    std::fs::read_to_string(path).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Puts back the number of huge pages.
+struct Reserved(u64);
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let _ = std::fs::write(NR, self.0.to_string());
+    }
+}
+
+fn reserve(pages: u64) -> Option<Reserved> {
+    let (before, free) = (number(NR), number(FREE));
+    let _ = std::fs::write(NR, (before + pages.saturating_sub(free)).to_string());
+    let reserved = Reserved(before);
+    if number(FREE) < pages {
+        eprintln!("SKIPPED: {pages} huge pages needed, {} free; as root: echo {pages} > {NR}", number(FREE));
+        return None;
+    }
+    Some(reserved)
+}
+
+// One test, as huge pages are one pool.
+#[test]
+fn huge_pages_are_installed_whole() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let Some(_reserved) = reserve(16) else { return };
+    let Ok(_) = Mapping::new(512, PageSize::Huge) else { return skip("no huge pages").unwrap_or(()) };
+
+    let mut extents = TestImage::mixed(512 * 6, 5).extents;
+    extents.push(Extent::zero(PageIndex(512 * 6), 1024));
+    let image = Arc::new(TestImage::of(extents));
+    let (plan, memory, mapping) = own(&image, PageSize::Huge, uffd);
+    let policy = Policy { decoded_frames: 512, ..Policy::default() };
+    let handle = Restore::start(plan, memory, policy).unwrap();
+
+    // Page 2 by bulk, with parts of 1 and 3 that cannot be installed alone.
+    assert_eq!(handle.install_run(PageIndex(1000), &image.bytes(1000, 600)).unwrap(), 1);
+    // Page 7 is given back before it came.
+    mapping.discard(512 * 7, 512).unwrap();
+    std::thread::scope(|s| {
+        for t in 0..3 {
+            let (image, mapping) = (&image, &mapping);
+            s.spawn(move || Rng(t).shuffled(512 * 8).into_iter().for_each(|p| verify(image, mapping, p)));
+        }
+        handle.prefetch([PageRun { first: PageIndex(0), pages: 1024 }]);
+    });
+    let counts = handle.counters();
+    assert_eq!(counts.copy_ioctls, 8, "2 MiB pages go one by one, whole: {counts:?}");
+    assert_eq!(counts.pages_copied + counts.zero_pages, 8);
+    assert_eq!(counts.zero_ioctls, 0);
+    // Given back after it came.
+    mapping.discard(0, 512).unwrap();
+    assert_eq!(mapping.load(0), Some(0));
+    assert_eq!(mapping.load(512 * 4096 - 8), Some(0));
+    handle.wait_filled().unwrap();
+    handle.stop(VmStopped::attest());
+}
