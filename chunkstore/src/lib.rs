@@ -1,1 +1,27 @@
-//! Placeholder.
+//! Content-addressed page store on plain object storage.
+//!
+//! Writes go: image -> hash -> dedup -> frame -> pack -> object store -> reference. Reads go: reference -> root ->
+//! section -> frame, each verified against the hash that refers to it before it is decoded.
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod backend;
+mod error;
+mod export;
+mod frame_cache;
+mod import;
+mod index;
+mod keys;
+mod progress;
+mod refs;
+mod snapshot;
+mod store;
+mod usage;
+
+pub use error::{Result, StoreError};
+pub use frame_cache::DecodedFrame;
+pub use import::{BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest};
+pub use progress::{NoProgress, Progress};
+pub use snapshot::{FramePlace, Image, Pages, Snapshot};
+pub use store::{Store, StoreOptions};
+pub use usage::{ImageSummary, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};

@@ -1,0 +1,177 @@
+//! A local directory: the default store, with fsync of files and directories.
+//!
+//! Objects are written through `object_store`'s staged writes (temporary file, fsync, link, fsync of the
+//! directory). Reads go straight to the file, without a runtime between. References are swapped under a lock
+//! file, because a file system has no compare-and-swap.
+
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use object_store::local::LocalFileSystem;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{
+    Backend, ObjectMeta, PutOutcome, Version,
+    object::{ObjectBackend, Runner},
+};
+use crate::error::{Result, StoreError};
+
+/// The file that serialises swaps of references. Holds nothing.
+const LOCK: &str = "lock";
+
+#[derive(Debug)]
+pub(super) struct LocalBackend {
+    root: PathBuf,
+    objects: ObjectBackend,
+}
+
+impl LocalBackend {
+    /// Opens a directory, which is made if it does not exist.
+    pub(super) fn open(root: &Path, url: String) -> Result<Self> {
+        std::fs::create_dir_all(root).map_err(|e| StoreError::file("making the store directory", root, e))?;
+        let root = root.canonicalize().map_err(|e| StoreError::file("opening the store at", root, e))?;
+        let store = LocalFileSystem::new_with_prefix(&root)
+            .map_err(|e| StoreError::Usage(format!("{} cannot be used as a store: {e}", root.display())))?
+            .with_fsync(true);
+        let objects = ObjectBackend {
+            url,
+            prefix: object_store::path::Path::default(),
+            store: Arc::new(store),
+            runner: Runner::Inline,
+        };
+        Ok(LocalBackend { root, objects })
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.root.join(key)
+    }
+
+    fn open_file(&self, key: &str) -> Result<Option<File>> {
+        match File::open(self.path(key)) {
+            Ok(file) => Ok(Some(file)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(self.io_error(format!("reading {key}"), e)),
+        }
+    }
+
+    fn io_error(&self, doing: String, e: io::Error) -> StoreError {
+        let store = self.objects.url.clone();
+        let why = e.to_string();
+        match e.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full { doing },
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                StoreError::Denied { doing, store, why }
+            }
+            _ => StoreError::Unavailable { doing, store, why },
+        }
+    }
+
+    /// Holds the lock until the file is dropped; the kernel lets go of it if the process dies.
+    fn lock(&self) -> Result<File> {
+        let path = self.path(LOCK);
+        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = file.map_err(|e| self.io_error("locking the store".into(), e))?;
+        loop {
+            match flock(&file, FlockOperation::LockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(self.io_error("locking the store".into(), e.into())),
+            }
+        }
+    }
+}
+
+fn version_of(bytes: &[u8]) -> Version {
+    Version { e_tag: Some(blake3::hash(bytes).to_hex().to_string()), version: None }
+}
+
+impl Backend for LocalBackend {
+    fn url(&self) -> &str {
+        &self.objects.url
+    }
+
+    fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
+        let Some(file) = self.open_file(key)? else { return Ok(None) };
+        let error = |e| self.io_error(format!("reading {key}"), e);
+        let size = file.metadata().map_err(error)?.len();
+        let range = range.unwrap_or(0..size);
+        let end = range.end.min(size);
+        let start = range.start.min(end);
+        let mut bytes = vec![0; (end - start) as usize];
+        match file.read_exact_at(&mut bytes, start) {
+            Ok(()) => Ok(Some(bytes.into())),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(Some(Bytes::new())),
+            Err(e) => Err(error(e)),
+        }
+    }
+
+    fn head(&self, key: &str) -> Result<Option<u64>> {
+        match std::fs::metadata(self.path(key)) {
+            Ok(meta) if meta.is_file() => Ok(Some(meta.len())),
+            Ok(_) => Ok(None),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(self.io_error(format!("looking up {key}"), e)),
+        }
+    }
+
+    fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome> {
+        self.objects.put_new(key, bytes)
+    }
+
+    fn put_again(&self, key: &str, bytes: Bytes) -> Result<()> {
+        self.objects.put_again(key, bytes)
+    }
+
+    fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
+        Ok(match self.get(key, None)? {
+            Some(bytes) => {
+                let version = version_of(&bytes);
+                ((!bytes.is_empty()).then_some(bytes), Some(version))
+            }
+            None => (None, None),
+        })
+    }
+
+    fn swap(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
+        let _lock = self.lock()?;
+        let (_, now) = self.get_versioned(key)?;
+        if now.as_ref() != expected {
+            return Ok(false);
+        }
+        if bytes.is_empty() {
+            // Under the lock no tombstone is needed.
+            self.delete(key)?;
+        } else {
+            self.objects.put_again(key, bytes)?;
+        }
+        Ok(true)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        let path = self.path(key);
+        match std::fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(());
+            }
+            Err(e) => return Err(self.io_error(format!("deleting {key}"), e)),
+        }
+        let dir = path.parent().unwrap_or(&self.root);
+        let synced = File::open(dir).and_then(|d| d.sync_all());
+        synced.map_err(|e| self.io_error(format!("deleting {key}"), e))
+    }
+
+    fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
+        if !self.path(prefix).is_dir() {
+            return Ok(());
+        }
+        self.objects.list(prefix, each)
+    }
+}

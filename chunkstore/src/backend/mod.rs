@@ -1,0 +1,76 @@
+//! What Dormouse asks of an object store, and the only place where objects are read, written and deleted.
+//!
+//! The trait is blocking: fault threads and import workers are plain threads, and a local store needs no async
+//! runtime at all. It is small so that tests can stand in for it and inject every fault (see [`faulty`]).
+
+pub mod faulty;
+mod local;
+mod object;
+mod url;
+
+use std::{fmt::Debug, ops::Range};
+
+use bytes::Bytes;
+
+use crate::error::Result;
+
+pub use self::url::open_url;
+
+/// An object in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectMeta {
+    /// Its key.
+    pub key: String,
+    /// Its size.
+    pub bytes: u64,
+    /// When it was last written, milliseconds since 1970 UTC, by the store's clock.
+    pub modified_unix_ms: u64,
+}
+
+/// What a reader saw of a mutable object; a swap succeeds only if it is still so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    pub(crate) e_tag: Option<String>,
+    pub(crate) version: Option<String>,
+}
+
+/// Whether a new object was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOutcome {
+    /// It is there now, durably.
+    Created,
+    /// There was one already.
+    Exists,
+}
+
+/// An object store.
+pub trait Backend: Send + Sync + Debug {
+    /// The store's URL, for messages.
+    fn url(&self) -> &str;
+
+    /// The object's bytes, or those in `range`; `None` if there is no such object. A range that reaches past the
+    /// end gives what there is.
+    fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>>;
+
+    /// The object's size, or `None`.
+    fn head(&self, key: &str) -> Result<Option<u64>>;
+
+    /// Writes an immutable object; durable once this returns.
+    fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome>;
+
+    /// Replaces an immutable object whose bytes were found to be damaged.
+    fn put_again(&self, key: &str, bytes: Bytes) -> Result<()>;
+
+    /// A mutable object and its version. An empty object is a tombstone and counts as absent, yet has a version.
+    fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)>;
+
+    /// Writes a mutable object if its version is still `expected` (`None`: if there is none yet). Empty `bytes`
+    /// remove it. Whether it was written; durable once this returns `true`.
+    fn swap(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool>;
+
+    /// Deletes an object; done as well if there is none.
+    fn delete(&self, key: &str) -> Result<()>;
+
+    /// Every object below `prefix`, in no particular order.
+    fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()>;
+}

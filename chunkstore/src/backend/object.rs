@@ -1,0 +1,210 @@
+//! Any store that the `object_store` crate speaks to.
+
+use std::{future::Future, ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use object_store::{
+    Error as OsError, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
+    path::Path,
+};
+
+use super::{Backend, ObjectMeta, PutOutcome, Version};
+use crate::error::{Result, StoreError};
+
+/// How futures are run: network clients need a runtime, the local file system does not.
+#[derive(Debug)]
+pub(super) enum Runner {
+    Inline,
+    Runtime(tokio::runtime::Runtime),
+}
+
+impl Runner {
+    fn run<F: Future>(&self, future: F) -> F::Output {
+        match self {
+            Runner::Inline => futures::executor::block_on(future),
+            Runner::Runtime(runtime) => runtime.block_on(future),
+        }
+    }
+}
+
+/// An object store behind blocking calls.
+#[derive(Debug)]
+pub(super) struct ObjectBackend {
+    pub(super) url: String,
+    pub(super) prefix: Path,
+    pub(super) store: Arc<dyn ObjectStore>,
+    pub(super) runner: Runner,
+}
+
+impl ObjectBackend {
+    fn path(&self, key: &str) -> Path {
+        let parts = self.prefix.parts().map(|p| p.as_ref().to_owned());
+        Path::from_iter(parts.chain(key.split('/').map(str::to_owned)))
+    }
+
+    fn key(&self, path: &Path) -> String {
+        let tail = path
+            .prefix_match(&self.prefix)
+            .map(|parts| parts.map(|p| p.as_ref().to_owned()).collect::<Vec<_>>().join("/"));
+        tail.unwrap_or_else(|| path.to_string())
+    }
+
+    pub(super) fn error(&self, doing: String, error: OsError) -> StoreError {
+        let store = self.url.clone();
+        if io_kind(&error).is_some_and(is_full) {
+            return StoreError::Full { doing };
+        }
+        let denied = io_kind(&error) == Some(std::io::ErrorKind::PermissionDenied);
+        let why = root_cause(&error);
+        match error {
+            OsError::PermissionDenied { .. } | OsError::Unauthenticated { .. } => {
+                StoreError::Denied { doing, store, why }
+            }
+            _ if denied => StoreError::Denied { doing, store, why },
+            _ => StoreError::Unavailable { doing, store, why },
+        }
+    }
+
+    fn put(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<PutOutcome, OsError> {
+        let options = PutOptions { mode, ..Default::default() };
+        match self.runner.run(self.store.put_opts(&self.path(key), bytes.into(), options)) {
+            Ok(_) => Ok(PutOutcome::Created),
+            Err(OsError::AlreadyExists { .. } | OsError::Precondition { .. }) => Ok(PutOutcome::Exists),
+            // An update of an object that was deleted meanwhile.
+            Err(OsError::NotFound { .. }) => Ok(PutOutcome::Exists),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn is_full(kind: std::io::ErrorKind) -> bool {
+    matches!(kind, std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
+/// The I/O error at the bottom of an error, if there is one.
+fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<std::io::ErrorKind> {
+    let mut next = Some(error);
+    while let Some(e) = next {
+        if let Some(io) = e.downcast_ref::<std::io::Error>() {
+            return Some(io.kind());
+        }
+        next = e.source();
+    }
+    None
+}
+
+/// The error's own words and the deepest cause, which is what a person can act on.
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(e) = next {
+        let cause = e.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        next = e.source();
+    }
+    text.chars().take(600).collect()
+}
+
+impl Backend for ObjectBackend {
+    fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
+        if range.as_ref().is_some_and(|r| r.is_empty()) {
+            return Ok(Some(Bytes::new()));
+        }
+        let options = GetOptions { range: range.map(GetRange::Bounded), ..Default::default() };
+        let got = self.runner.run(async {
+            match self.store.get_opts(&self.path(key), options).await {
+                Ok(result) => result.bytes().await,
+                Err(e) => Err(e),
+            }
+        });
+        match got {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(OsError::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error(format!("reading {key}"), e)),
+        }
+    }
+
+    fn head(&self, key: &str) -> Result<Option<u64>> {
+        match self.runner.run(self.store.head(&self.path(key))) {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(OsError::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.error(format!("looking up {key}"), e)),
+        }
+    }
+
+    fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome> {
+        self.put(key, bytes, PutMode::Create).map_err(|e| self.error(format!("writing {key}"), e))
+    }
+
+    fn put_again(&self, key: &str, bytes: Bytes) -> Result<()> {
+        let put = self.put(key, bytes, PutMode::Overwrite);
+        put.map(drop).map_err(|e| self.error(format!("rewriting {key}"), e))
+    }
+
+    fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
+        let got = self.runner.run(async {
+            let result = self.store.get(&self.path(key)).await?;
+            let meta = &result.meta;
+            let version = Version { e_tag: meta.e_tag.clone(), version: meta.version.clone() };
+            Ok((result.bytes().await?, version))
+        });
+        match got {
+            Ok((bytes, version)) => Ok(((!bytes.is_empty()).then_some(bytes), Some(version))),
+            Err(OsError::NotFound { .. }) => Ok((None, None)),
+            Err(e) => Err(self.error(format!("reading {key}"), e)),
+        }
+    }
+
+    fn swap(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
+        let mode = match expected {
+            None => PutMode::Create,
+            Some(v) => PutMode::Update(UpdateVersion { e_tag: v.e_tag.clone(), version: v.version.clone() }),
+        };
+        let doing = || format!("moving {key}");
+        match self.put(key, bytes.clone(), mode) {
+            Ok(PutOutcome::Created) => Ok(true),
+            // Either somebody was first, or our own first attempt arrived and its answer did not.
+            Ok(PutOutcome::Exists) => Ok(self.get_versioned(key)?.0.unwrap_or_default() == bytes),
+            Err(e) => {
+                let error = self.error(doing(), e);
+                // The answer was lost; the object itself says whether the write was.
+                let now = self.get_versioned(key).ok().map(|(now, _)| now.unwrap_or_default());
+                if now == Some(bytes) { Ok(true) } else { Err(error) }
+            }
+        }
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        match self.runner.run(self.store.delete(&self.path(key))) {
+            Ok(()) | Err(OsError::NotFound { .. }) => Ok(()),
+            Err(e) => Err(self.error(format!("deleting {key}"), e)),
+        }
+    }
+
+    fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
+        let path = self.path(prefix);
+        self.runner.run(async {
+            let mut stream = self.store.list(Some(&path));
+            while let Some(meta) = stream.next().await {
+                match meta {
+                    Ok(m) => each(ObjectMeta {
+                        key: self.key(&m.location),
+                        bytes: m.size,
+                        modified_unix_ms: m.last_modified.timestamp_millis().max(0) as u64,
+                    }),
+                    // Deleted between the listing and the look at it.
+                    Err(OsError::NotFound { .. }) => {}
+                    Err(e) => return Err(self.error(format!("listing {prefix}"), e)),
+                }
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,121 @@
+//! What can go wrong with a store, sorted by what the caller can do about it.
+
+use dormouse_core::FormatError;
+use thiserror::Error;
+
+/// The result of a store operation.
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// A store operation failed.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// No snapshot has this name.
+    #[error("no snapshot is called {name:?} in {store}; `dormouse ls` shows those that are")]
+    NoSuchSnapshot {
+        /// The name.
+        name: String,
+        /// The store's URL.
+        store: String,
+    },
+    /// The snapshot has no image or device state of this name.
+    #[error("snapshot {snapshot:?} has no {kind} called {id:?}; it has {has}")]
+    NoSuchPart {
+        /// The snapshot.
+        snapshot: String,
+        /// "memory", "disk" or "state".
+        kind: &'static str,
+        /// What was asked for.
+        id: String,
+        /// What there is.
+        has: String,
+    },
+    /// An object is missing though something refers to it.
+    #[error(
+        "{key} is missing from the store, though {referrer} needs it; `dormouse verify` shows whom it hurts"
+    )]
+    Missing {
+        /// The object's key.
+        key: String,
+        /// What refers to it.
+        referrer: String,
+    },
+    /// An object is not what the reference to it says.
+    #[error("{key} is damaged: {why}; `dormouse verify` shows whom it hurts")]
+    Damaged {
+        /// The object's key.
+        key: String,
+        /// What is wrong with it.
+        why: FormatError,
+    },
+    /// Somebody else moved the name at the same time.
+    #[error("{name:?} was changed by somebody else at the same moment; look at it and try again")]
+    Conflict {
+        /// The name.
+        name: String,
+    },
+    /// Pages that were to be shared were collected as garbage while the import ran.
+    #[error("packs this import shares were collected meanwhile ({packs}); run the import again")]
+    LostRace {
+        /// How many.
+        packs: usize,
+    },
+    /// The backend could not be reached, or not in time. Trying again may help.
+    #[error("{doing} failed: the store at {store} did not answer ({why}); nothing was lost, try again")]
+    Unavailable {
+        /// The operation.
+        doing: String,
+        /// The store's URL.
+        store: String,
+        /// What it said.
+        why: String,
+    },
+    /// The backend refuses.
+    #[error("{doing} is not permitted by the store at {store}: {why}")]
+    Denied {
+        /// The operation.
+        doing: String,
+        /// The store's URL.
+        store: String,
+        /// What it said.
+        why: String,
+    },
+    /// No room left.
+    #[error("{doing} failed: the disk is full; the store is as it was before, free some room and try again")]
+    Full {
+        /// The operation.
+        doing: String,
+    },
+    /// A file on this machine could not be read or written.
+    #[error("{doing} {path}: {source}")]
+    File {
+        /// "reading", "writing".
+        doing: &'static str,
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Bytes could not be decoded, before it is known which object they belong to.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Dormouse contradicts itself. Nothing was acknowledged.
+    #[error("internal error, please report it: {0}")]
+    Bug(&'static str),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl StoreError {
+    /// Whether the same call may succeed later without anybody mending anything.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, StoreError::Unavailable { .. } | StoreError::LostRace { .. })
+    }
+
+    pub(crate) fn file(doing: &'static str, path: &std::path::Path, source: std::io::Error) -> Self {
+        if source.kind() == std::io::ErrorKind::StorageFull {
+            return StoreError::Full { doing: format!("{doing} {}", path.display()) };
+        }
+        StoreError::File { doing, path: path.display().to_string(), source }
+    }
+}

@@ -1,0 +1,239 @@
+//! Reading and hashing: the parallel first stage of an import.
+//!
+//! Workers take blocks of 1 MiB in image order, skip what is a hole or not dirty, and hash every page that is not
+//! zero. Blocks arrive at the next stage out of order by at most the number of workers.
+
+use std::{
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use dormouse_core::{ChunkId, Domain, PAGE_BYTES, PageCount, page::is_zero};
+use rustix::fs::SeekFrom;
+
+use super::request::{Dirty, ImageSource};
+use crate::error::{Result, StoreError};
+
+/// Pages in a block: 1 MiB.
+pub(crate) const BLOCK_PAGES: u64 = 256;
+
+/// An image file opened for import.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    file: File,
+    path: PathBuf,
+    pub(crate) bytes: u64,
+    /// Ranges of dirty pages, sorted and disjoint; `None` if all pages are to be looked at.
+    pub(crate) dirty: Option<Vec<Range<u64>>>,
+}
+
+impl ImageFile {
+    pub(crate) fn open(source: &ImageSource) -> Result<Self> {
+        let path = &source.path;
+        let error = |e| StoreError::file("reading", path, e);
+        let file = File::open(path).map_err(error)?;
+        let meta = file.metadata().map_err(error)?;
+        if meta.is_dir() {
+            return Err(StoreError::Usage(format!("{} is a directory, not an image", path.display())));
+        }
+        // A block device has no length of its own in its metadata.
+        let bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| error(e.into()))?;
+        let pages = PageCount::covering(bytes).0;
+        let dirty = match &source.dirty {
+            None => None,
+            Some(Dirty::Ranges(ranges)) => Some(normalise(ranges, pages, path)?),
+            Some(Dirty::FileData) => Some(data_pages(&file, bytes, path)?),
+        };
+        Ok(ImageFile { file, path: path.clone(), bytes, dirty })
+    }
+
+    /// Pages of the image.
+    pub(crate) fn pages(&self) -> u64 {
+        PageCount::covering(self.bytes).0
+    }
+
+    /// Bytes that will be looked at.
+    pub(crate) fn work_bytes(&self) -> u64 {
+        match &self.dirty {
+            None => self.bytes,
+            Some(ranges) => ranges.iter().map(|r| (r.end - r.start) * PAGE_BYTES as u64).sum(),
+        }
+    }
+
+    /// Fills `out` from byte `offset`; what is past the end stays zero. Whether there may be anything but zeros.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<bool> {
+        let end = (offset + out.len() as u64).min(self.bytes);
+        let next = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(next) => next,
+            Err(rustix::io::Errno::NXIO) => return Ok(false),
+            // Not every file system or device knows its holes.
+            Err(_) => offset,
+        };
+        if next >= end {
+            return Ok(false);
+        }
+        let wanted = &mut out[..(end - offset) as usize];
+        self.file.read_exact_at(wanted, offset).map_err(|e| StoreError::file("reading", &self.path, e))?;
+        Ok(true)
+    }
+}
+
+fn normalise(ranges: &[Range<u64>], pages: u64, path: &Path) -> Result<Vec<Range<u64>>> {
+    let mut sorted: Vec<_> = ranges.iter().filter(|r| !r.is_empty()).cloned().collect();
+    sorted.sort_by_key(|r| r.start);
+    if let Some(bad) = sorted.iter().find(|r| r.end > pages) {
+        let why = format!(
+            "dirty pages {}..{} are outside {}, which has {pages} pages",
+            bad.start,
+            bad.end,
+            path.display()
+        );
+        return Err(StoreError::Usage(why));
+    }
+    let mut merged: Vec<Range<u64>> = Vec::with_capacity(sorted.len());
+    for range in sorted {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    Ok(merged)
+}
+
+/// The pages a sparse file has data for.
+fn data_pages(file: &File, bytes: u64, path: &Path) -> Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < bytes {
+        let error = |e: rustix::io::Errno| StoreError::file("finding the holes of", path, e.into());
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(e) => return Err(error(e)),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start)).map_err(error)?;
+        ranges.push(start / PAGE_BYTES as u64..end.div_ceil(PAGE_BYTES as u64));
+        at = end.max(start + 1);
+    }
+    normalise(&ranges, PageCount::covering(bytes).0, path)
+}
+
+/// A block to be read.
+#[derive(Clone, Debug)]
+struct BlockPlan {
+    sequence: u64,
+    image: usize,
+    pages: Range<u64>,
+    dirty: Option<Vec<Range<u64>>>,
+}
+
+/// Hands blocks out in order.
+#[derive(Debug)]
+pub(crate) struct BlockQueue<'a> {
+    images: &'a [ImageFile],
+    next: Mutex<(u64, usize, u64)>,
+}
+
+impl<'a> BlockQueue<'a> {
+    pub(crate) fn new(images: &'a [ImageFile]) -> Self {
+        BlockQueue { images, next: Mutex::new((0, 0, 0)) }
+    }
+
+    fn take(&self) -> Option<BlockPlan> {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let (sequence, image, page) = &mut *next;
+        loop {
+            let file = self.images.get(*image)?;
+            let start = match &file.dirty {
+                None => *page,
+                // Skip to the block with the next dirty page, so that clean blocks cost nothing.
+                Some(ranges) => {
+                    let i = ranges.partition_point(|r| r.end <= *page);
+                    ranges.get(i).map_or(u64::MAX, |r| r.start.max(*page) / BLOCK_PAGES * BLOCK_PAGES)
+                }
+            };
+            if start >= file.pages() {
+                (*image, *page) = (*image + 1, 0);
+                continue;
+            }
+            let pages = start..(start + BLOCK_PAGES).min(file.pages());
+            let dirty = file.dirty.as_ref().map(|ranges| {
+                let first = ranges.partition_point(|r| r.end <= pages.start);
+                let inside = ranges[first..].iter().take_while(|r| r.start < pages.end);
+                inside.map(|r| r.start.max(pages.start)..r.end.min(pages.end)).collect()
+            });
+            let plan = BlockPlan { sequence: *sequence, image: *image, pages: pages.clone(), dirty };
+            *sequence += 1;
+            *page = pages.end;
+            return Some(plan);
+        }
+    }
+
+    /// Reads and hashes the next block; `None` when there are no more.
+    pub(crate) fn next_block(&self, domain: &Domain) -> Option<Result<Block>> {
+        self.take().map(|plan| self.read(&plan, domain))
+    }
+
+    fn read(&self, plan: &BlockPlan, domain: &Domain) -> Result<Block> {
+        let file = &self.images[plan.image];
+        let pages = (plan.pages.end - plan.pages.start) as usize;
+        let mut block = Block {
+            sequence: plan.sequence,
+            image: plan.image,
+            first_page: plan.pages.start,
+            pages: vec![PageHash::Clean; pages],
+            data: Vec::new(),
+            read_bytes: 0,
+        };
+        let whole = [plan.pages.clone()];
+        for range in plan.dirty.as_deref().unwrap_or(&whole) {
+            if block.data.is_empty() {
+                block.data = vec![0; pages * PAGE_BYTES];
+            }
+            let (first, last) =
+                ((range.start - plan.pages.start) as usize, (range.end - plan.pages.start) as usize);
+            let bytes = &mut block.data[first * PAGE_BYTES..last * PAGE_BYTES];
+            let any = file.read(range.start * PAGE_BYTES as u64, bytes)?;
+            if any {
+                block.read_bytes += bytes.len() as u64;
+            }
+            for (page, hash) in bytes.chunks_exact(PAGE_BYTES).zip(&mut block.pages[first..last]) {
+                let zero = !any || is_zero(page);
+                *hash = if zero { PageHash::Zero } else { PageHash::Chunk(domain.chunk_id(page)) };
+            }
+        }
+        Ok(block)
+    }
+}
+
+/// What a page of a block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageHash {
+    /// Not dirty: as in the parent.
+    Clean,
+    /// All zero.
+    Zero,
+    /// Content with this id.
+    Chunk(ChunkId),
+}
+
+/// A block read and hashed.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) sequence: u64,
+    pub(crate) image: usize,
+    pub(crate) first_page: u64,
+    pub(crate) pages: Vec<PageHash>,
+    data: Vec<u8>,
+    pub(crate) read_bytes: u64,
+}
+
+impl Block {
+    /// The bytes of page `i` of the block.
+    pub(crate) fn page(&self, i: usize) -> &[u8] {
+        &self.data[i * PAGE_BYTES..(i + 1) * PAGE_BYTES]
+    }
+}

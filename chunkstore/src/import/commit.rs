@@ -1,0 +1,330 @@
+//! The end of an import: page maps, root, reference, and the proof that nothing shared was collected meanwhile.
+//!
+//! Garbage collection marks what it is about to delete, looks at all references once more, and only then deletes.
+//! A writer moves its reference and only then looks for marks. Whichever of the two comes second sees the other, so
+//! a snapshot is never acknowledged whose packs are being deleted.
+
+use std::collections::{HashMap, HashSet};
+
+use dormouse_core::{
+    BlobEntry, Domain, FrameRef, ImageEntry, PackBuilder, PackId, PackRef, Reference, Root, SectionEntry,
+    frame::EncodedFrame,
+    limits::{BLOB_BYTES_MAX, BLOB_PIECE_BYTES, PACK_TARGET_BYTES},
+    pack::FrameKind,
+};
+
+use super::{
+    blocks::ImageFile,
+    layout::{LaidOut, Layout},
+    request::{BlobBytes, BlobSource, ImportReport, ImportRequest},
+};
+use crate::{
+    backend::Version,
+    error::{Result, StoreError},
+    index::Index,
+    snapshot::Snapshot,
+    store::{Store, now_unix_ms},
+};
+
+/// Packs of metadata (page maps and device state), apart from those of pages: what a resume reads first lies
+/// together.
+struct MetaPacks<'a> {
+    store: &'a Store,
+    builder: PackBuilder,
+    /// Frames in the open pack, by the number they will be asked for by.
+    open: Vec<(usize, FrameRef)>,
+    placed: HashMap<usize, (PackRef, FrameRef)>,
+    next: usize,
+    objects: u64,
+    bytes: u64,
+}
+
+impl<'a> MetaPacks<'a> {
+    fn new(store: &'a Store) -> Self {
+        let builder = PackBuilder::new(&store.domain);
+        MetaPacks { store, builder, open: Vec::new(), placed: HashMap::new(), next: 0, objects: 0, bytes: 0 }
+    }
+
+    fn push(&mut self, kind: FrameKind, frame: &EncodedFrame) -> Result<usize> {
+        let number = self.next;
+        self.next += 1;
+        self.open.push((number, self.builder.push(kind, frame, Vec::new())));
+        if self.builder.len() >= PACK_TARGET_BYTES {
+            self.close()?;
+        }
+        Ok(number)
+    }
+
+    fn close(&mut self) -> Result<()> {
+        if self.builder.is_empty() {
+            return Ok(());
+        }
+        let full = std::mem::replace(&mut self.builder, PackBuilder::new(&self.store.domain));
+        let (pack, bytes, _) = full.finish(&self.store.domain);
+        self.objects += 1;
+        self.bytes += bytes.len() as u64;
+        self.store.put_content(&self.store.keys.pack(pack.id), bytes)?;
+        self.placed.extend(self.open.drain(..).map(|(number, at)| (number, (pack, at))));
+        Ok(())
+    }
+
+    fn get(&self, number: usize) -> Result<(PackRef, FrameRef)> {
+        self.placed.get(&number).copied().ok_or(StoreError::Bug("a page map was not stored"))
+    }
+
+    fn packs(&self) -> impl Iterator<Item = PackId> + '_ {
+        self.placed.values().map(|(pack, _)| pack.id)
+    }
+}
+
+/// A root's table of packs, filled as they are referred to.
+#[derive(Default)]
+struct PackTable {
+    packs: Vec<PackRef>,
+    numbers: HashMap<PackId, u32>,
+}
+
+impl PackTable {
+    fn place(&mut self, (pack, at): (PackRef, FrameRef)) -> FrameRef {
+        let packs = &mut self.packs;
+        let number = *self.numbers.entry(pack.id).or_insert_with(|| {
+            packs.push(pack);
+            packs.len() as u32 - 1
+        });
+        FrameRef { pack: number, ..at }
+    }
+}
+
+impl Store {
+    pub(super) fn commit(
+        &self,
+        request: &ImportRequest,
+        files: &[ImageFile],
+        parent: Option<&Snapshot>,
+        layout: Layout,
+        (current, version): (Option<Reference>, Option<Version>),
+        index: &Index,
+    ) -> Result<ImportReport> {
+        let mut meta = MetaPacks::new(self);
+        let mut blobs = Vec::new();
+        for blob in &request.blobs {
+            blobs.push(store_blob(&mut meta, &self.domain, blob, request.level)?);
+        }
+        enum Placed {
+            Zero,
+            Same(SectionEntry, PackRef),
+            New(usize, [u8; 32], u32),
+        }
+        let mut sections = Vec::new();
+        for image in layout.sections {
+            let mut placed = Vec::with_capacity(image.len());
+            for section in image {
+                placed.push(match section {
+                    LaidOut::Zero => Placed::Zero,
+                    LaidOut::Same(entry, pack) => Placed::Same(entry, pack),
+                    LaidOut::New { frame, content, stored_pages } => {
+                        Placed::New(meta.push(FrameKind::Section, &frame)?, content, stored_pages)
+                    }
+                });
+            }
+            sections.push(placed);
+        }
+        meta.close()?;
+
+        let mut table = PackTable::default();
+        let mut images = Vec::new();
+        for ((source, file), placed) in request.images.iter().zip(files).zip(sections) {
+            let mut entries = Vec::with_capacity(placed.len());
+            for section in placed {
+                entries.push(match section {
+                    Placed::Zero => None,
+                    Placed::Same(entry, pack) => {
+                        Some(SectionEntry { at: table.place((pack, entry.at)), ..entry })
+                    }
+                    Placed::New(number, content, stored_pages) => {
+                        Some(SectionEntry { content, at: table.place(meta.get(number)?), stored_pages })
+                    }
+                });
+            }
+            images.push(ImageEntry {
+                id: source.id.clone(),
+                kind: source.kind,
+                bytes: file.bytes,
+                sections: entries,
+            });
+        }
+        let mut entries = Vec::new();
+        for (mut entry, pieces) in blobs {
+            for number in pieces {
+                entry.pieces.push(table.place(meta.get(number)?));
+            }
+            entries.push(entry);
+        }
+        let mut labels = request.labels.clone();
+        labels.sort();
+        let root = Root {
+            parent: parent.map(|p| p.reference().snapshot),
+            created_unix_ms: now_unix_ms(),
+            labels,
+            images,
+            blobs: entries,
+            packs: table.packs,
+        };
+        let (root_id, root_object) = root.encode(&self.domain);
+        let root_bytes = root_object.len() as u64;
+        self.put_content(&self.keys.root(root_id), root_object)?;
+
+        let reference = Reference {
+            name: request.name.clone(),
+            sequence: current.as_ref().map_or(1, |r| r.sequence + 1),
+            snapshot: root.snapshot_id(&self.domain),
+            root: root_id,
+            root_bytes: root_bytes as u32,
+            written_unix_ms: now_unix_ms(),
+            expires_unix_ms: request.expires_unix_ms,
+        };
+        self.swap_reference(&request.name, version.as_ref(), Some(&reference))?;
+
+        let mut own: HashSet<PackId> = layout.stored.iter().map(|p| p.id).collect();
+        own.extend(meta.packs());
+        let lost = self.find_lost(&own, &layout.reused, request, parent, root_id)?;
+        if !lost.is_empty() {
+            index.forget(&lost);
+            self.take_back(request, current.as_ref(), &reference)?;
+            return Err(StoreError::LostRace { packs: lost.len() });
+        }
+
+        let reference_bytes = reference.encode(&self.domain).len() as u64;
+        let mut report = ImportReport::of(&request.name, reference.snapshot);
+        report.logical_bytes = files.iter().map(|f| f.bytes).sum();
+        report.nonzero_bytes = layout.nonzero_pages * dormouse_core::PAGE_BYTES as u64;
+        report.new_bytes = layout.new_pages * dormouse_core::PAGE_BYTES as u64;
+        report.read_bytes = layout.read_bytes;
+        report.stored_bytes = layout.stored_bytes + meta.bytes + root_bytes + reference_bytes;
+        report.objects = layout.stored.len() as u64 + meta.objects + 2;
+        Ok(report)
+    }
+
+    /// Which of the packs a new snapshot needs are gone or marked for deletion. Called after its reference moved.
+    fn find_lost(
+        &self,
+        own: &HashSet<PackId>,
+        reused: &HashSet<PackId>,
+        request: &ImportRequest,
+        parent: Option<&Snapshot>,
+        root: dormouse_core::RootId,
+    ) -> Result<HashSet<PackId>> {
+        let mut needed: HashSet<PackId> = own.union(reused).copied().collect();
+        // As long as the parent's reference stood, whatever is reached through it was never garbage.
+        if let (Some(name), Some(parent)) = (&request.parent, parent)
+            && *name != request.name
+            && self.reference(name)?.0.as_ref() != Some(parent.reference())
+        {
+            needed.extend(self.packs_of(parent)?);
+        }
+        let mut marked = HashSet::new();
+        self.backend.list(&self.keys.condemned_all(), &mut |meta| {
+            marked.extend(meta.key.rsplit('/').next().map(str::to_owned));
+        })?;
+        let mut lost = HashSet::new();
+        for pack in needed {
+            if marked.contains(&pack.to_string()) || self.backend.head(&self.keys.pack(pack))?.is_none() {
+                lost.insert(pack);
+            }
+        }
+        let root_lost =
+            marked.contains(&root.to_string()) || self.backend.head(&self.keys.root(root))?.is_none();
+        if root_lost && lost.is_empty() {
+            // Made anew by the next attempt, at another time and so under another name.
+            lost.insert(PackId(root.0));
+        }
+        Ok(lost)
+    }
+
+    /// Every pack that a snapshot needs.
+    pub(crate) fn packs_of(&self, snapshot: &Snapshot) -> Result<HashSet<PackId>> {
+        let mut packs: HashSet<PackId> = snapshot.root().packs.iter().map(|p| p.id).collect();
+        for (image, entry) in snapshot.root().images.iter().enumerate() {
+            for index in 0..entry.sections.len() as u32 {
+                if let Some(section) = snapshot.section(image, dormouse_core::SectionIndex(index))? {
+                    packs.extend(section.packs().iter().map(|p| p.id));
+                }
+            }
+        }
+        Ok(packs)
+    }
+
+    /// Puts the reference back to what it was before; somebody else may have moved it on meanwhile.
+    fn take_back(&self, request: &ImportRequest, before: Option<&Reference>, ours: &Reference) -> Result<()> {
+        let (now, version) = self.reference(&request.name)?;
+        if now.as_ref() != Some(ours) {
+            return Ok(());
+        }
+        match self.swap_reference(&request.name, version.as_ref(), before) {
+            Err(StoreError::Conflict { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Reads the footers of packs that the index does not know, newest first and up to a bound, so that a host with
+    /// an empty cache shares what others stored.
+    pub(super) fn learn_packs(&self, index: &Index) -> Result<()> {
+        let mut unknown = Vec::new();
+        self.backend.list(&self.keys.packs(), &mut |meta| {
+            let id = meta.key.rsplit('/').next().and_then(PackId::from_hex);
+            if let Some(id) = id.filter(|id| !index.knows(*id)) {
+                unknown.push((meta.modified_unix_ms, id, meta.bytes));
+            }
+        })?;
+        unknown.sort_by_key(|(modified, ..)| std::cmp::Reverse(*modified));
+        for (_, id, bytes) in unknown.into_iter().take(LEARN_PACKS_MAX) {
+            // What cannot be read is not shared; `verify` is who complains about it.
+            match self.footer_of_unknown(id, bytes) {
+                Ok((pack, footer)) => index.add(&pack, &footer),
+                Err(why) if why.is_retryable() => return Err(why),
+                Err(why) => tracing::warn!(%why, "a pack is not shared"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Most packs whose footers are read before an import without a parent: about 48 GiB of stored pages.
+const LEARN_PACKS_MAX: usize = 4096;
+
+/// Stores a blob in pieces; gives its entry, still without places, and the numbers of its pieces.
+fn store_blob(
+    meta: &mut MetaPacks<'_>,
+    domain: &Domain,
+    source: &BlobSource,
+    level: i32,
+) -> Result<(BlobEntry, Vec<usize>)> {
+    let mut reader: Box<dyn std::io::Read + '_> = match &source.bytes {
+        BlobBytes::Memory(bytes) => Box::new(&bytes[..]),
+        BlobBytes::File(path) => {
+            Box::new(std::fs::File::open(path).map_err(|e| StoreError::file("reading", path, e))?)
+        }
+    };
+    let (mut hasher, mut bytes, mut pieces) = (domain.content_hasher(), 0, Vec::new());
+    loop {
+        let mut piece = Vec::with_capacity(BLOB_PIECE_BYTES);
+        let read = std::io::Read::read_to_end(
+            &mut std::io::Read::take(&mut reader, BLOB_PIECE_BYTES as u64),
+            &mut piece,
+        );
+        if let (Err(e), BlobBytes::File(path)) = (read, &source.bytes) {
+            return Err(StoreError::file("reading", path, e));
+        }
+        if piece.is_empty() {
+            break;
+        }
+        bytes += piece.len() as u64;
+        if bytes > BLOB_BYTES_MAX {
+            return Err(StoreError::Usage(format!("the state {} is larger than 1 GiB", source.id)));
+        }
+        hasher.update(&piece);
+        pieces.push(meta.push(FrameKind::Blob, &EncodedFrame::encode(domain, &piece, level))?);
+    }
+    let content = *hasher.finalize().as_bytes();
+    Ok((BlobEntry { id: source.id.clone(), content, bytes, pieces: Vec::new() }, pieces))
+}

@@ -1,0 +1,195 @@
+//! Import: images and device state become a snapshot.
+//!
+//! Threads, each handing on to the next through a bounded queue, so that memory does not grow with the images:
+//! read and hash (one a core) -> lay out (the caller) -> compress (one a core) -> pack (one) -> upload (a few).
+//! Then, in this order: page maps, root, reference. Nothing refers to anything that is not stored durably.
+
+mod blocks;
+mod commit;
+mod drafts;
+mod layout;
+mod pack_writer;
+mod request;
+
+use std::{collections::BTreeMap, num::NonZero, thread};
+
+use crossbeam::channel::bounded;
+
+pub use self::request::{
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest,
+};
+use self::{
+    blocks::{BlockQueue, ImageFile},
+    drafts::matching,
+    layout::{BaseImage, Layout, Layouter},
+    pack_writer::{Failure, compress_frames, fill_packs, upload_packs},
+};
+use crate::{
+    error::{Result, StoreError},
+    index::Index,
+    progress::Progress,
+    snapshot::Snapshot,
+    store::Store,
+};
+
+/// How often an import starts over when garbage collection took what it shared.
+const RACES_MAX: usize = 3;
+/// Packs uploaded at the same time. One is 12 MiB.
+const UPLOADS: usize = 4;
+
+impl Store {
+    /// Makes a snapshot. When this returns, the snapshot is durable in the store; if it fails, the store is as it
+    /// was but for objects that nothing refers to.
+    ///
+    /// # Errors
+    /// See [`StoreError`]; [`StoreError::Usage`] where the request contradicts itself.
+    pub fn import(&self, request: &ImportRequest, progress: &dyn Progress) -> Result<ImportReport> {
+        check(request)?;
+        let index = Index::open(self.cache_dir.as_deref());
+        let mut races = 0;
+        loop {
+            match self.import_once(request, &index, progress) {
+                Err(StoreError::LostRace { packs }) if races < RACES_MAX => {
+                    races += 1;
+                    tracing::info!(packs, races, "shared packs were collected meanwhile; importing again");
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn import_once(
+        &self,
+        request: &ImportRequest,
+        index: &Index,
+        progress: &dyn Progress,
+    ) -> Result<ImportReport> {
+        let (current, version) = self.reference(&request.name)?;
+        if current.is_some() && !request.replace && request.parent.as_ref() != Some(&request.name) {
+            return Err(StoreError::Usage(format!(
+                "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
+                request.name
+            )));
+        }
+        let parent = request.parent.as_ref().map(|p| self.open_snapshot(p)).transpose()?;
+        if parent.is_none() {
+            self.learn_packs(index)?;
+        }
+        let images = request.images.iter().map(ImageFile::open).collect::<Result<Vec<_>>>()?;
+        progress.begin(images.iter().map(ImageFile::work_bytes).sum());
+        let bases = bases(request, &images, parent.as_ref())?;
+        let layout = self.lay_out(request, index, &images, bases, progress)?;
+        self.commit(request, &images, parent.as_ref(), layout, (current, version), index)
+    }
+
+    /// Runs the pipeline.
+    fn lay_out(
+        &self,
+        request: &ImportRequest,
+        index: &Index,
+        images: &[ImageFile],
+        bases: Vec<Option<BaseImage<'_>>>,
+        progress: &dyn Progress,
+    ) -> Result<Layout> {
+        let cores = thread::available_parallelism().map_or(2, NonZero::get);
+        let failure = Failure::default();
+        let queue = BlockQueue::new(images);
+        let laid_out = thread::scope(|scope| {
+            let (block_out, blocks) = bounded(cores);
+            let (raw_out, raw) = bounded(2 * cores);
+            let (frame_out, frames) = bounded(2 * cores);
+            let (pack_out, packs) = bounded(1);
+            let (stored_out, stored) = crossbeam::channel::unbounded();
+            let (queue, failure, domain) = (&queue, &failure, &*self.domain);
+            for _ in 0..cores {
+                let (block_out, raw, frame_out) = (block_out.clone(), raw.clone(), frame_out.clone());
+                scope.spawn(move || {
+                    while let Some(block) = queue.next_block(domain) {
+                        if failure.is_set() || block_out.send(block).is_err() {
+                            return;
+                        }
+                    }
+                });
+                scope.spawn(move || compress_frames(domain, request.level, &raw, &frame_out));
+            }
+            // The channels must close when their last user ends; these are not users.
+            drop((block_out, raw, frame_out));
+            scope.spawn(move || fill_packs(domain, &frames, &pack_out));
+            for _ in 0..UPLOADS {
+                let (packs, stored_out) = (packs.clone(), stored_out.clone());
+                scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
+            }
+            drop((packs, stored_out));
+            let mut layouter = Layouter::new(self, index, images, bases, raw_out, stored, progress);
+            let mut early = BTreeMap::new();
+            let mut next = 0;
+            for block in blocks {
+                let block = block?;
+                early.insert(block.sequence, block);
+                while let Some(block) = early.remove(&next) {
+                    next += 1;
+                    if failure.is_set() || !layouter.add(&block)? {
+                        return Ok(None);
+                    }
+                }
+            }
+            if failure.is_set() { Ok(None) } else { layouter.finish().map(Some) }
+        });
+        // What went wrong in another thread comes first: the layout only noticed that nobody listens.
+        failure.take()?;
+        laid_out?.ok_or(StoreError::Bug("the import stopped without a reason"))
+    }
+}
+
+fn check(request: &ImportRequest) -> Result<()> {
+    let usage = |why: &str| Err(StoreError::Usage(why.to_owned()));
+    if request.images.is_empty() {
+        return usage("a snapshot needs at least one image: pass --memory FILE or --disk ID=FILE");
+    }
+    for (i, image) in request.images.iter().enumerate() {
+        if request.images[..i].iter().any(|other| other.id == image.id && other.kind == image.kind) {
+            return usage(&format!("the image {} is given twice", image.id));
+        }
+        if image.dirty.is_some() && request.parent.is_none() {
+            return usage("dirty pages are relative to a parent: pass --parent NAME");
+        }
+    }
+    for (i, blob) in request.blobs.iter().enumerate() {
+        if request.blobs[..i].iter().any(|other| other.id == blob.id) {
+            return usage(&format!("the state {} is given twice", blob.id));
+        }
+    }
+    use dormouse_core::limits::{BLOBS_MAX, IMAGES_MAX, LABEL_BYTES_MAX, LABELS_MAX};
+    let labels_fit =
+        request.labels.iter().all(|(k, v)| k.len() <= LABEL_BYTES_MAX && v.len() <= LABEL_BYTES_MAX);
+    if request.images.len() > IMAGES_MAX || request.blobs.len() > BLOBS_MAX {
+        return usage("a snapshot holds at most 256 images and 256 states");
+    }
+    if request.labels.len() > LABELS_MAX || !labels_fit {
+        return usage("a snapshot holds at most 64 labels of at most 1024 bytes each");
+    }
+    Ok(())
+}
+
+fn bases<'a>(
+    request: &ImportRequest,
+    files: &[ImageFile],
+    parent: Option<&'a Snapshot>,
+) -> Result<Vec<Option<BaseImage<'a>>>> {
+    let base = |(image, file): (&ImageSource, &ImageFile)| {
+        let found = parent.and_then(|snapshot| {
+            let image = matching(snapshot, image.kind, image.id.as_str())?;
+            Some(BaseImage { snapshot, image })
+        });
+        let same_size = |base: &BaseImage<'_>| base.snapshot.root().images[base.image].bytes == file.bytes;
+        if image.dirty.is_some() && !found.as_ref().is_some_and(same_size) {
+            let why = format!(
+                "the parent has no image {} of {} bytes that the dirty pages could be relative to",
+                image.id, file.bytes
+            );
+            return Err(StoreError::Usage(why));
+        }
+        Ok(found)
+    };
+    request.images.iter().zip(files).map(base).collect()
+}

@@ -1,0 +1,157 @@
+//! Compressing, packing and uploading: the later stages of an import, each on threads of its own.
+
+use std::{
+    collections::BTreeMap, sync::Mutex, sync::PoisonError, sync::atomic::AtomicBool, sync::atomic::Ordering,
+};
+
+use crossbeam::channel::{Receiver, Sender};
+use dormouse_core::{
+    ChunkId, Domain, FrameRef, PackBuilder, PackFooter, PackRef, frame::EncodedFrame,
+    limits::PACK_TARGET_BYTES, pack::FrameKind,
+};
+
+use crate::{
+    error::{Result, StoreError},
+    store::Store,
+};
+
+/// The number of a new frame, counted from zero in the order in which frames are laid out.
+pub(crate) type FrameSequence = u32;
+
+/// Work for the compressing threads.
+#[derive(Debug)]
+pub(crate) enum RawJob {
+    /// Compress these pages.
+    Frame { sequence: FrameSequence, raw: Vec<u8>, chunks: Vec<ChunkId> },
+    /// Close the pack before the frame of this number.
+    Flush { sequence: FrameSequence },
+}
+
+#[derive(Debug)]
+pub(crate) enum PackJob {
+    Frame { frame: EncodedFrame, chunks: Vec<ChunkId> },
+    Flush,
+}
+
+/// A closed pack, to be uploaded.
+#[derive(Debug)]
+pub(crate) struct ClosedPack {
+    pack: PackRef,
+    bytes: Vec<u8>,
+    footer: PackFooter,
+    frames: Vec<(FrameSequence, FrameRef)>,
+}
+
+/// A pack that is in the store.
+#[derive(Debug)]
+pub(crate) struct StoredPack {
+    pub(crate) pack: PackRef,
+    pub(crate) object_bytes: u64,
+    pub(crate) footer: PackFooter,
+    pub(crate) frames: Vec<(FrameSequence, FrameRef)>,
+}
+
+/// The first error of any thread; all others stop when they see it.
+#[derive(Debug, Default)]
+pub(crate) struct Failure {
+    failed: AtomicBool,
+    first: Mutex<Option<StoreError>>,
+}
+
+impl Failure {
+    pub(crate) fn set(&self, error: StoreError) {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(error);
+        self.failed.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_set(&self) -> bool {
+        self.failed.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn take(&self) -> Result<()> {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        first.take().map_or(Ok(()), Err)
+    }
+}
+
+/// Compresses frames until there are no more.
+pub(crate) fn compress_frames(
+    domain: &Domain,
+    level: i32,
+    jobs: &Receiver<RawJob>,
+    out: &Sender<(FrameSequence, PackJob)>,
+) {
+    for job in jobs {
+        let done = match job {
+            RawJob::Frame { sequence, raw, chunks } => {
+                (sequence, PackJob::Frame { frame: EncodedFrame::encode(domain, &raw, level), chunks })
+            }
+            RawJob::Flush { sequence } => (sequence, PackJob::Flush),
+        };
+        if out.send(done).is_err() {
+            return;
+        }
+    }
+}
+
+/// Puts frames into packs in order of their numbers until there are no more.
+pub(crate) fn fill_packs(
+    domain: &Domain,
+    frames: &Receiver<(FrameSequence, PackJob)>,
+    out: &Sender<ClosedPack>,
+) {
+    let mut waiting = BTreeMap::new();
+    let mut next = 0;
+    let mut builder = PackBuilder::new(domain);
+    let mut placed = Vec::new();
+    let close = |builder: &mut PackBuilder, placed: &mut Vec<_>| {
+        if builder.is_empty() {
+            return true;
+        }
+        let full = std::mem::replace(builder, PackBuilder::new(domain));
+        let (pack, bytes, footer) = full.finish(domain);
+        out.send(ClosedPack { pack, bytes, footer, frames: std::mem::take(placed) }).is_ok()
+    };
+    for (sequence, job) in frames {
+        waiting.insert(sequence, job);
+        while let Some(job) = waiting.remove(&next) {
+            let full = match job {
+                PackJob::Flush => true,
+                PackJob::Frame { frame, chunks } => {
+                    placed.push((next, builder.push(FrameKind::Pages, &frame, chunks)));
+                    builder.len() >= PACK_TARGET_BYTES
+                }
+            };
+            next += 1;
+            if full && !close(&mut builder, &mut placed) {
+                return;
+            }
+        }
+    }
+    close(&mut builder, &mut placed);
+}
+
+/// Uploads packs until there are no more, or until one fails.
+pub(crate) fn upload_packs(
+    store: &Store,
+    packs: &Receiver<ClosedPack>,
+    out: &Sender<StoredPack>,
+    failure: &Failure,
+) {
+    for closed in packs {
+        if failure.is_set() {
+            return;
+        }
+        let object_bytes = closed.bytes.len() as u64;
+        if let Err(e) = store.put_content(&store.keys.pack(closed.pack.id), closed.bytes) {
+            failure.set(e);
+            return;
+        }
+        let stored =
+            StoredPack { pack: closed.pack, object_bytes, footer: closed.footer, frames: closed.frames };
+        if out.send(stored).is_err() {
+            return;
+        }
+    }
+}

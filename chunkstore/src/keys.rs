@@ -1,0 +1,55 @@
+//! Object keys: where in a store each kind of object is.
+
+use dormouse_core::{Domain, DomainId, Name, PackId, RootId};
+
+/// Prefixes and keys of one domain.
+#[derive(Clone, Debug)]
+pub(crate) struct Keys {
+    domain: String,
+}
+
+impl Keys {
+    pub(crate) fn new(domain: &Domain) -> Self {
+        let domain = if domain.id() == DomainId::PLAIN { "plain".into() } else { domain.id().to_string() };
+        Keys { domain }
+    }
+
+    pub(crate) fn domain_prefix(&self) -> &str {
+        &self.domain
+    }
+
+    pub(crate) fn packs(&self) -> String {
+        format!("{}/packs", self.domain)
+    }
+
+    /// Packs are spread over 256 prefixes, so that a listing can be split and a local folder stays small.
+    pub(crate) fn pack(&self, id: PackId) -> String {
+        format!("{}/packs/{:02x}/{id}", self.domain, id.0[0])
+    }
+
+    pub(crate) fn roots(&self) -> String {
+        format!("{}/roots", self.domain)
+    }
+
+    pub(crate) fn root(&self, id: RootId) -> String {
+        format!("{}/roots/{id}", self.domain)
+    }
+
+    pub(crate) fn refs(&self) -> String {
+        format!("{}/refs", self.domain)
+    }
+
+    pub(crate) fn reference(&self, domain: &Domain, name: &Name) -> String {
+        format!("{}/refs/{}", self.domain, domain.name_key(name.as_str()))
+    }
+
+    pub(crate) fn condemned_all(&self) -> String {
+        format!("{}/condemned", self.domain)
+    }
+
+    /// The mark by which garbage collection announces that it is about to delete an object.
+    pub(crate) fn condemned(&self, object_key: &str) -> String {
+        let tail = object_key.rsplit('/').next().unwrap_or(object_key);
+        format!("{}/condemned/{tail}", self.domain)
+    }
+}

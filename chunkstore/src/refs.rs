@@ -1,0 +1,100 @@
+//! References: reading, listing, swapping and removing names.
+
+use bytes::Bytes;
+use dormouse_core::{Name, Reference};
+
+use crate::{
+    backend::Version,
+    error::{Result, StoreError},
+    store::Store,
+};
+
+/// All references of a domain.
+#[derive(Debug, Default)]
+pub(crate) struct References {
+    /// Those that can be read, by name.
+    pub(crate) good: Vec<Reference>,
+    /// The keys of those that cannot, and why.
+    pub(crate) bad: Vec<(String, StoreError)>,
+}
+
+impl Store {
+    /// What `name` stands for now, and the version to swap it by.
+    pub(crate) fn reference(&self, name: &Name) -> Result<(Option<Reference>, Option<Version>)> {
+        let key = self.keys.reference(&self.domain, name);
+        let (object, version) = self.backend.get_versioned(&key)?;
+        let reference = object.map(|o| {
+            Reference::decode(&self.domain, Some(name), &o).map_err(|why| StoreError::Damaged { key, why })
+        });
+        Ok((reference.transpose()?, version))
+    }
+
+    /// Moves `name` if it is still at `expected`.
+    pub(crate) fn swap_reference(
+        &self,
+        name: &Name,
+        expected: Option<&Version>,
+        new: Option<&Reference>,
+    ) -> Result<()> {
+        let key = self.keys.reference(&self.domain, name);
+        let bytes = new.map_or_else(Bytes::new, |r| r.encode(&self.domain).into());
+        let swapped = match self.backend.swap(&key, expected, bytes.clone()) {
+            // The answer may have been lost: the reference itself says whether it moved.
+            Err(e) if e.is_retryable() => {
+                let (now, version) = self.backend.get_versioned(&key)?;
+                if now.unwrap_or_default() == bytes {
+                    true
+                } else if version.as_ref() == expected {
+                    self.backend.swap(&key, expected, bytes)?
+                } else {
+                    return Err(e);
+                }
+            }
+            other => other?,
+        };
+        if swapped { Ok(()) } else { Err(StoreError::Conflict { name: name.to_string() }) }
+    }
+
+    /// Reads all references.
+    pub(crate) fn references(&self) -> Result<References> {
+        let mut keys = Vec::new();
+        self.backend.list(&self.keys.refs(), &mut |meta| {
+            if meta.bytes > 0 {
+                keys.push(meta.key);
+            }
+        })?;
+        keys.sort();
+        let References { mut good, mut bad } = References::default();
+        for key in keys {
+            // `None`: removed between the listing and now.
+            let Some(object) = self.backend.get_versioned(&key)?.0 else { continue };
+            match Reference::decode(&self.domain, None, &object) {
+                Ok(r) if key == self.keys.reference(&self.domain, &r.name) => good.push(r),
+                Ok(_) => {
+                    let why = dormouse_core::FormatError::Malformed {
+                        what: "reference",
+                        why: "it is the reference of another name",
+                    };
+                    bad.push((key.clone(), StoreError::Damaged { key, why }));
+                }
+                Err(why) => bad.push((key.clone(), StoreError::Damaged { key, why })),
+            }
+        }
+        good.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(References { good, bad })
+    }
+
+    /// Removes `name`. What only it used stays until garbage is collected.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchSnapshot`]; [`StoreError::Conflict`] if it was moved at the same moment.
+    pub fn remove(&self, name: &Name) -> Result<()> {
+        let key = self.keys.reference(&self.domain, name);
+        // A damaged reference can be removed as well, so its content does not matter here.
+        let (object, version) = self.backend.get_versioned(&key)?;
+        if object.is_none() {
+            return Err(self.no_such(name));
+        }
+        self.swap_reference(name, version.as_ref(), None)
+    }
+}

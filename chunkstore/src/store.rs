@@ -1,0 +1,156 @@
+//! A store: one backend, one dedup domain, and this host's caches of both.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use dormouse_core::{
+    Domain, DomainKey, FormatError, FrameRef, Name, PackFooter, PackId, PackRef, Root, RootId,
+    pack::{TRAILER_BYTES, parse_trailer},
+};
+
+use crate::{
+    backend::{Backend, PutOutcome, open_url},
+    error::{Result, StoreError},
+    frame_cache::FrameCache,
+    keys::Keys,
+    snapshot::Snapshot,
+};
+
+/// How a store is opened.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// The key of the domain to work in; `None` for the domain without encryption.
+    pub key: Option<DomainKey>,
+    /// Where this host keeps its dedup index; `None` to keep it in memory only. All of it can be deleted.
+    pub cache_dir: Option<PathBuf>,
+    /// Most bytes of decoded frames kept in memory.
+    pub frame_cache_bytes: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions { key: None, cache_dir: None, frame_cache_bytes: 128 << 20 }
+    }
+}
+
+/// A store opened in one domain. Cheap to clone; all clones share caches.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) domain: Arc<Domain>,
+    pub(crate) keys: Keys,
+    pub(crate) frames: Arc<FrameCache>,
+    pub(crate) cache_dir: Option<PathBuf>,
+}
+
+impl Store {
+    /// Opens the store at `url`. Nothing is read or written yet, but a local directory is made.
+    ///
+    /// # Errors
+    /// A URL that is none, or a directory that cannot be made.
+    pub fn open(url: &str, options: StoreOptions) -> Result<Self> {
+        Ok(Self::with_backend(open_url(url)?, options))
+    }
+
+    /// A store on a backend that is open already.
+    pub fn with_backend(backend: Arc<dyn Backend>, options: StoreOptions) -> Self {
+        let domain = options.key.as_ref().map_or_else(Domain::plain, Domain::encrypted);
+        let keys = Keys::new(&domain);
+        // Different stores and domains must not share an index.
+        let place = blake3::hash(backend.url().as_bytes()).to_hex();
+        let cache_dir = options.cache_dir.map(|d| d.join(&place[..16]).join(keys.domain_prefix()));
+        let frames = Arc::new(FrameCache::new(options.frame_cache_bytes));
+        Store { backend, domain: Arc::new(domain), keys, frames, cache_dir }
+    }
+
+    /// The store's URL.
+    pub fn url(&self) -> &str {
+        self.backend.url()
+    }
+
+    /// The dedup domain.
+    pub fn domain(&self) -> &Domain {
+        &self.domain
+    }
+
+    /// Opens the snapshot that `name` stands for now: one read of the reference, one of the root.
+    pub fn open_snapshot(&self, name: &Name) -> Result<Snapshot> {
+        let (reference, _) = self.reference(name)?;
+        let reference = reference.ok_or_else(|| self.no_such(name))?;
+        let root = self.read_root(reference.root, Some(name))?;
+        Ok(Snapshot::new(self.clone(), reference, root))
+    }
+
+    pub(crate) fn no_such(&self, name: &Name) -> StoreError {
+        StoreError::NoSuchSnapshot { name: name.to_string(), store: self.url().to_owned() }
+    }
+
+    pub(crate) fn read_root(&self, id: RootId, name: Option<&Name>) -> Result<Root> {
+        let key = self.keys.root(id);
+        let object = self.backend.get(&key, None)?.ok_or_else(|| StoreError::Missing {
+            key: key.clone(),
+            referrer: name.map_or_else(|| "a reference".to_owned(), |n| format!("snapshot {n}")),
+        })?;
+        Root::decode(&self.domain, id, &object).map_err(|why| StoreError::Damaged { key, why })
+    }
+
+    pub(crate) fn read_footer(&self, pack: &PackRef) -> Result<PackFooter> {
+        let key = self.keys.pack(pack.id);
+        let stored = self
+            .backend
+            .get(&key, Some(pack.footer_range()))?
+            .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
+        PackFooter::decode(&self.domain, pack.id, &stored).map_err(|why| StoreError::Damaged { key, why })
+    }
+
+    /// The footer of a pack known only by name and size.
+    pub(crate) fn footer_of_unknown(&self, id: PackId, object_bytes: u64) -> Result<(PackRef, PackFooter)> {
+        let key = self.keys.pack(id);
+        let damaged = |why| StoreError::Damaged { key: key.clone(), why };
+        let trailer_at = object_bytes
+            .checked_sub(TRAILER_BYTES as u64)
+            .ok_or_else(|| damaged(FormatError::Truncated("pack")))?;
+        let trailer = self
+            .backend
+            .get(&key, Some(trailer_at..object_bytes))?
+            .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a listing".into() })?;
+        let pack = parse_trailer(&self.domain, id, object_bytes, &trailer).map_err(damaged)?;
+        Ok((pack, self.read_footer(&pack)?))
+    }
+
+    /// Reads, verifies and decodes one frame, past the cache.
+    pub(crate) fn read_frame(&self, pack: PackId, frame: &FrameRef) -> Result<Vec<u8>> {
+        let key = self.keys.pack(pack);
+        let stored = self
+            .backend
+            .get(&key, Some(frame.range()))?
+            .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
+        frame.decode(&self.domain, &stored).map_err(|why| StoreError::Damaged { key, why })
+    }
+
+    /// Writes an object whose name is the hash of its content. If one is there already it must be the same, byte
+    /// for byte; one that is damaged is written again.
+    pub(crate) fn put_content(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
+        let bytes = Bytes::from(bytes);
+        let first = self.backend.put_new(key, bytes.clone());
+        let outcome = match first {
+            // The answer may have been lost on its way: writing the same bytes again does no harm.
+            Err(e) if e.is_retryable() => self.backend.put_new(key, bytes.clone())?,
+            other => other?,
+        };
+        if outcome == PutOutcome::Exists && self.backend.get(key, None)?.as_ref() != Some(&bytes) {
+            tracing::warn!(key, "an object was damaged and has been written again");
+            self.backend.put_again(key, bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Milliseconds since 1970 UTC.
+pub(crate) fn now_unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
