@@ -17,6 +17,7 @@ mod refs;
 mod snapshot;
 mod store;
 mod usage;
+mod verify;
 
 pub use error::{Result, StoreError};
 pub use frame_cache::DecodedFrame;
@@ -25,3 +26,4 @@ pub use progress::{NoProgress, Progress};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
 pub use usage::{ImageSummary, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
+pub use verify::{Damage, VerifyDepth, VerifyReport};
