@@ -22,6 +22,8 @@ fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
+type Check = Box<dyn Fn(&[u8])>;
+
 /// A golden file and what must hold of it.
 struct Golden {
     name: String,
@@ -30,7 +32,7 @@ struct Golden {
     /// How many of its first bytes do not depend on the version of zstd.
     exact: usize,
     /// Decodes the file and compares it with the value it was made from.
-    check: Box<dyn Fn(&[u8])>,
+    check: Check,
 }
 
 fn golden(name: String, today: Vec<u8>, check: impl Fn(&[u8]) + 'static) -> Golden {

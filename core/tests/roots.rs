@@ -158,13 +158,15 @@ fn a_blob_cannot_take_a_snapshots_identity() {
     }
 }
 
+type Change = Box<dyn Fn(&mut Root)>;
+
 #[test]
 fn a_root_that_no_reader_would_accept_fails_its_check() {
     let long = "x".repeat(LABEL_BYTES_MAX + 1);
     let image =
         |n: usize| ImageEntry { id: ImageId::new(format!("i{n}")).unwrap(), ..root().images[0].clone() };
     let blob = |n: usize| BlobEntry { id: ImageId::new(format!("b{n}")).unwrap(), ..root().blobs[1].clone() };
-    let cases: Vec<(&str, Box<dyn Fn(&mut Root)>)> = vec![
+    let cases: Vec<(&str, Change)> = vec![
         ("labels out of order", Box::new(|r| r.labels.swap(0, 1))),
         ("a label twice", Box::new(|r| r.labels[1].0 = "app".into())),
         ("a label too long", Box::new(move |r| r.labels[1].1 = long.clone())),

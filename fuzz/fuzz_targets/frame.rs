@@ -1,0 +1,44 @@
+//! Frames: hostile stored bytes whose hash is right, references, and round trips.
+#![no_main]
+use dormouse_core::{
+    Codec, Domain, DomainKey, FrameHash, FrameRef,
+    frame::EncodedFrame,
+    limits::META_FRAME_BYTES_MAX,
+    wire::{Reader, Writer},
+};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: (u32, bool, &[u8])| {
+    let (raw_bytes, zstd, stored) = input;
+    let codec = if zstd { Codec::Zstd } else { Codec::Raw };
+    let (stored_bytes, hash) = (stored.len() as u32, FrameHash::of(stored));
+    let at = FrameRef { pack: 0, offset: 32, stored_bytes, raw_bytes, codec, hash };
+    if let Ok(raw) = at.decode(&Domain::plain(), stored) {
+        assert_eq!(raw.len(), raw_bytes as usize);
+        assert!(raw.len() <= META_FRAME_BYTES_MAX);
+    }
+    let sealed = Domain::encrypted(&DomainKey::new([7; 32]));
+    assert!(at.decode(&sealed, stored).is_err(), "nobody guesses a sealed frame");
+
+    for domain in [Domain::plain(), sealed] {
+        if !stored.is_empty() {
+            let frame = EncodedFrame::encode(&domain, stored, 1);
+            let at = FrameRef {
+                stored_bytes: frame.stored.len() as u32,
+                raw_bytes: frame.raw_bytes,
+                codec: frame.codec,
+                hash: frame.hash,
+                ..at
+            };
+            assert_eq!(at.decode(&domain, &frame.stored).as_deref(), Ok(stored));
+        }
+    }
+
+    let mut r = Reader::new(stored, "frame reference");
+    if let Ok(at) = FrameRef::read(&mut r, 1 + raw_bytes as usize % 4) {
+        let mut w = Writer::new();
+        at.write(&mut w);
+        assert_eq!(w.finish(), stored[..stored.len() - r.remaining()]);
+        assert!(at.range().end <= dormouse_core::limits::PACK_BYTES_MAX);
+    }
+});
