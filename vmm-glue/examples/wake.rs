@@ -7,9 +7,7 @@ use std::time::Duration;
 use dormouse_vmm_glue::guest::{Command, Guest, GuestParams, park_and_pause};
 use dormouse_vmm_glue::minivm::timeline::monotonic_now;
 use dormouse_vmm_glue::minivm::{Dirty, MiniVm, Phase, Timeline, VmShell};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 const BYTES: usize = 128 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);

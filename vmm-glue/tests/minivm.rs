@@ -23,7 +23,8 @@ fn have_kvm() -> bool {
 
 /// Two regions; the pattern lies across both: data starts at 16 MiB, and only 2 MiB more are low.
 fn memory() -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 18 * MIB), (GuestAddress(HIGH), 6 * MIB)]).expect("memory")
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 18 * MIB), (GuestAddress(HIGH), 6 * MIB)])
+        .expect("memory")
 }
 
 fn params() -> GuestParams {
@@ -66,7 +67,12 @@ fn wait(guest: &dyn Guest, byte: u8) {
 
 fn assert_all_right(guest: &dyn Guest) {
     let console = guest.console();
-    assert_eq!((console.count(b'X'), console.count(b'x'), console.wrong_total()), (0, 0, 0), "{}", console.text());
+    assert_eq!(
+        (console.count(b'X'), console.count(b'x'), console.wrong_total()),
+        (0, 0, 0),
+        "{}",
+        console.text()
+    );
 }
 
 fn boots_and_verifies((boot, _): (Boot, Restore)) {
@@ -177,4 +183,10 @@ macro_rules! on_both_hosts {
         mod process { $(#[test] fn $case() { super::$case(super::PROCESS) })* }
     };
 }
-on_both_hosts!(boots_and_verifies, sleeps_and_wakes, finds_a_wrong_page, finds_an_old_answer_page, ten_generations);
+on_both_hosts!(
+    boots_and_verifies,
+    sleeps_and_wakes,
+    finds_a_wrong_page,
+    finds_an_old_answer_page,
+    ten_generations
+);

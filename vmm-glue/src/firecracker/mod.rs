@@ -1,1 +1,18 @@
-//! x
+//! Stock Firecracker: its userfaultfd handshake, its API, its process.
+//!
+//! On `PUT /snapshot/load` with a `Uffd` memory backend Firecracker connects to a socket and sends, once, the
+//! list of its memory regions as JSON together with the userfaultfd that guards them
+//! (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md` in firecracker-microvm/firecracker). It
+//! keeps the connection open for as long as it lives, so that its end tells of Firecracker's.
+
+pub mod api;
+pub mod handshake;
+pub mod listener;
+pub mod process;
+pub mod regions;
+
+pub use api::{ApiClient, ApiError};
+pub use handshake::{Handshake, HandshakeError, accept_handshake};
+pub use listener::{HandshakeListener, ListenError};
+pub use process::{Firecracker, FirecrackerOptions, ProcessError};
+pub use regions::{PageSize, Region, RegionsError, parse_regions};

@@ -77,7 +77,9 @@ pub enum LayoutError {
         pages: u64,
     },
     /// Memory is too small.
-    #[error("{pages} pages of pattern need {needed_bytes} bytes of guest memory, only {given_bytes} are there: use fewer pages or more memory")]
+    #[error(
+        "{pages} pages of pattern need {needed_bytes} bytes of guest memory, only {given_bytes} are there: use fewer pages or more memory"
+    )]
     TooSmall {
         /// The pages asked for.
         pages: u64,
@@ -87,7 +89,9 @@ pub enum LayoutError {
         given_bytes: u64,
     },
     /// A region's place or size does not suit the guest's 2 MiB page tables.
-    #[error("memory region at {start:#x} of {bytes} bytes: regions are multiples of 2 MiB, at multiples of 2 MiB, and the first starts at 0")]
+    #[error(
+        "memory region at {start:#x} of {bytes} bytes: regions are multiples of 2 MiB, at multiples of 2 MiB, and the first starts at 0"
+    )]
     Region {
         /// Guest-physical start.
         start: u64,

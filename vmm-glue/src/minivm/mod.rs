@@ -159,8 +159,8 @@ impl MiniVm {
 
     fn assemble(shell: VmShell, memory: GuestMemoryMmap, dirty: Dirty) -> Result<Self, MiniVmError> {
         let VmShell { kvm: kvm_fd, vm, vcpu, timeline } = shell;
-        let vm = VmWithMemory::attach(vm, memory, dirty == Dirty::Tracked)
-            .map_err(kvm("take a memory region"))?;
+        let vm =
+            VmWithMemory::attach(vm, memory, dirty == Dirty::Tracked).map_err(kvm("take a memory region"))?;
         timeline.mark(Phase::MemoryAttached);
         let runner = Runner::new(vcpu, Console::default(), timeline.clone());
         Ok(Self { runner, vm, kvm: kvm_fd, dirty, timeline })

@@ -163,7 +163,9 @@ fn serve(exit: VcpuExit<'_>, console: &Console, timeline: &Timeline) -> Result<(
         VcpuExit::Intr => {}
         VcpuExit::Hlt => return Err("it halted, with no interrupt to wake it".to_owned()),
         VcpuExit::Shutdown => return Err("it shut down (a triple fault)".to_owned()),
-        VcpuExit::MmioRead(address, _) => return Err(format!("it read {address:#x}, where it has no memory")),
+        VcpuExit::MmioRead(address, _) => {
+            return Err(format!("it read {address:#x}, where it has no memory"));
+        }
         VcpuExit::MmioWrite(address, _) => {
             return Err(format!("it wrote to {address:#x}, where it has no memory"));
         }

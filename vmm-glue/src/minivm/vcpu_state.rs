@@ -129,10 +129,12 @@ fn list<T: FromBytes + IntoBytes + Immutable>(
     let bytes = state.section(section).ok_or(StateError::Content { section, what: "missing" })?;
     let entry = size_of::<T>();
     if bytes.len() % entry != 0 || bytes.len() / entry > max {
-        return Err(StateError::Content { section, what: "not a list of the kernel's structure, or too long" });
+        return Err(StateError::Content {
+            section,
+            what: "not a list of the kernel's structure, or too long",
+        });
     }
-    let read = |bytes| {
-        T::read_from_bytes(bytes).map_err(|_| StateError::Content { section, what: "unreadable" })
-    };
+    let read =
+        |bytes| T::read_from_bytes(bytes).map_err(|_| StateError::Content { section, what: "unreadable" });
     bytes.chunks_exact(entry).map(read).collect()
 }

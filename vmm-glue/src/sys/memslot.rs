@@ -46,9 +46,8 @@ fn slot_of(
     region: &GuestRegionMmap,
     log_dirty: bool,
 ) -> Result<kvm_userspace_memory_region, kvm_ioctls::Error> {
-    let host = region
-        .get_host_address(MemoryRegionAddress(0))
-        .map_err(|_| kvm_ioctls::Error::new(libc::EFAULT))?;
+    let host =
+        region.get_host_address(MemoryRegionAddress(0)).map_err(|_| kvm_ioctls::Error::new(libc::EFAULT))?;
     Ok(kvm_userspace_memory_region {
         slot,
         flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },

@@ -4,4 +4,6 @@
 pub(crate) mod kick;
 pub(crate) mod memslot;
 pub(crate) mod program;
+#[cfg(test)]
+pub(crate) mod userfaultfd;
 pub(crate) mod xsave;

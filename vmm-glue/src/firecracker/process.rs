@@ -1,0 +1,183 @@
+//! A Firecracker process of our own.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::api::ApiClient;
+use super::listener::{ListenError, remove_stale_socket};
+
+/// Between two looks for the API socket of a starting Firecracker.
+const LOOK_INTERVAL: Duration = Duration::from_micros(200);
+
+/// A running Firecracker. Dropping it kills it, unless [`Firecracker::detach`] lets it go its own way.
+#[derive(Debug)]
+pub struct Firecracker {
+    child: Option<Child>,
+    stdin: Option<ChildStdin>,
+    api_socket: PathBuf,
+}
+
+/// What to start, and where its output goes.
+#[derive(Clone, Debug)]
+pub struct FirecrackerOptions {
+    /// The static binary.
+    pub binary: PathBuf,
+    /// Where its API listens.
+    pub api_socket: PathBuf,
+    /// The file its standard output and error go to, and with it the guest's serial port.
+    pub console: PathBuf,
+    /// The file its log goes to. `None` leaves it on standard output, amid what the guest says.
+    pub log: Option<PathBuf>,
+}
+
+/// Why Firecracker could not be started or spoken to.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The binary cannot be run.
+    #[error("cannot run {binary}: {source}. Is it Firecracker's static binary, and executable?")]
+    Spawn {
+        /// The path given.
+        binary: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The console file cannot be made.
+    #[error("cannot write the console to {path}: {source}")]
+    Console {
+        /// The path given.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The log file cannot be made.
+    #[error("cannot write Firecracker's log to {path}: {source}")]
+    Log {
+        /// The path given.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// Something is at the API socket's path.
+    #[error(transparent)]
+    Socket(#[from] ListenError),
+    /// It ended before its API was there.
+    #[error("Firecracker ended with {status} before its API was there; its console may say why")]
+    Ended {
+        /// How.
+        status: std::process::ExitStatus,
+    },
+    /// Its API did not come.
+    #[error("Firecracker's API socket {0} did not come in time")]
+    NoApi(PathBuf),
+    /// Its console input or its process failed.
+    #[error("Firecracker's process: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl Firecracker {
+    /// Starts it and waits until its API takes connections.
+    ///
+    /// # Errors
+    /// [`ProcessError`]; the process is gone then.
+    pub fn spawn(options: &FirecrackerOptions, timeout: Duration) -> Result<Self, ProcessError> {
+        let FirecrackerOptions { binary, api_socket, console, log } = options;
+        remove_stale_socket(api_socket)?;
+        let console_error = |source| ProcessError::Console { path: console.clone(), source };
+        let output = File::create(console).map_err(console_error)?;
+        let errors = output.try_clone().map_err(console_error)?;
+        let mut command = Command::new(binary);
+        command.arg("--api-sock").arg(api_socket);
+        if let Some(log) = log {
+            // Firecracker opens its log but does not make it.
+            let made = File::options().append(true).create(true).open(log);
+            made.map_err(|source| ProcessError::Log { path: log.clone(), source })?;
+            command.arg("--log-path").arg(log);
+        }
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .map_err(|source| ProcessError::Spawn { binary: binary.clone(), source })?;
+        let stdin = child.stdin.take();
+        let mut started = Self { child: Some(child), stdin, api_socket: api_socket.clone() };
+        started.wait_for_api(timeout)?;
+        Ok(started)
+    }
+
+    fn wait_for_api(&mut self, timeout: Duration) -> Result<(), ProcessError> {
+        let deadline = Instant::now() + timeout;
+        while UnixStream::connect(&self.api_socket).is_err() {
+            if let Some(status) = self.try_wait()? {
+                return Err(ProcessError::Ended { status });
+            }
+            if Instant::now() >= deadline {
+                return Err(ProcessError::NoApi(self.api_socket.clone()));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// A client of its API. A request may take `timeout`.
+    pub fn api(&self, timeout: Duration) -> ApiClient {
+        ApiClient::new(&self.api_socket, timeout)
+    }
+
+    /// Its process id; `None` once it was waited for.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Sends `bytes` to the guest's serial port.
+    ///
+    /// # Errors
+    /// [`ProcessError::Io`].
+    pub fn type_bytes(&mut self, bytes: &[u8]) -> Result<(), ProcessError> {
+        if let Some(stdin) = &mut self.stdin {
+            stdin.write_all(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Its exit status, if it has ended.
+    ///
+    /// # Errors
+    /// [`ProcessError::Io`].
+    pub fn try_wait(&mut self) -> Result<Option<std::process::ExitStatus>, ProcessError> {
+        Ok(self.child.as_mut().map(Child::try_wait).transpose()?.flatten())
+    }
+
+    /// Kills it and waits until it is gone, then removes its API socket.
+    ///
+    /// # Errors
+    /// [`ProcessError::Io`].
+    pub fn kill(mut self) -> Result<(), ProcessError> {
+        self.end()
+    }
+
+    /// Lets it live on when this process ends; its serial input ends then. Gives its process id.
+    pub fn detach(mut self) -> Option<u32> {
+        self.child.take().map(|child| child.id())
+    }
+
+    fn end(&mut self) -> Result<(), ProcessError> {
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        child.kill()?;
+        child.wait()?;
+        remove_stale_socket(&self.api_socket)?;
+        Ok(())
+    }
+}
+
+impl Drop for Firecracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::warn!(%error, "Firecracker could not be ended");
+        }
+    }
+}
