@@ -27,6 +27,12 @@ impl DecodedFrame {
     }
 }
 
+impl AsRef<[u8]> for DecodedFrame {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 #[derive(Clone, Debug)]
 struct ByBytes;
 
@@ -45,6 +51,11 @@ impl FrameCache {
     pub(crate) fn new(bytes: u64) -> Self {
         let frames = (bytes / (128 << 10)).max(16) as usize;
         FrameCache { cache: Cache::with_weighter(frames, bytes, ByBytes) }
+    }
+
+    /// The frame if it is there.
+    pub(crate) fn peek(&self, key: FrameKey) -> Option<DecodedFrame> {
+        self.cache.get(&key)
     }
 
     /// The frame, from memory or from `fetch`; whoever else asks meanwhile waits for the same fetch.

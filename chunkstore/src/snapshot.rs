@@ -163,6 +163,25 @@ impl Image {
         self.entry().pages()
     }
 
+    /// A section of its page map, `None` if all of it is zero. Reads it if it must.
+    pub fn section(&self, index: SectionIndex) -> Result<Option<Arc<Section>>> {
+        self.snapshot.section(self.index, index)
+    }
+
+    /// [`Image::section`] if it needs no reading.
+    pub fn loaded_section(&self, index: SectionIndex) -> Option<Option<Arc<Section>>> {
+        if self.entry().sections.get(index.0 as usize).copied().flatten().is_none() {
+            return Some(None);
+        }
+        let sections = self.snapshot.inner.sections.lock().unwrap_or_else(PoisonError::into_inner);
+        sections.get(&(self.index, index)).cloned().map(Some)
+    }
+
+    /// The frame if it is in memory.
+    pub fn loaded_frame(&self, at: &FramePlace) -> Option<DecodedFrame> {
+        self.snapshot.store.frames.peek((at.pack.id, at.frame.offset))
+    }
+
     /// What it holds from `page` on, up to the end of a frame or a section. Reads the section if it must.
     pub fn locate(&self, page: PageIndex) -> Result<Pages> {
         let left = self.pages().0.saturating_sub(page.0);

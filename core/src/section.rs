@@ -96,6 +96,29 @@ impl Section {
         }
     }
 
+    /// The whole extent that `page` is in: back to where its run or frame begins as well as on from `page`.
+    ///
+    /// # Panics
+    /// As [`Section::extent`].
+    pub fn extent_around(&self, page: usize) -> (usize, Extent) {
+        let back = match self.extent(page) {
+            Extent::Zero { .. } => {
+                let before = self.runs.partition_point(|r| usize::from(r.first_page) <= page);
+                let run = before.checked_sub(1).map(|i| self.runs[i]);
+                run.map_or(page, |r| match r.place {
+                    None => page - usize::from(r.first_page),
+                    Some(_) => page - usize::from(r.first_page) - usize::from(r.pages),
+                })
+            }
+            Extent::Frame { slot, .. } => {
+                let before = self.runs.partition_point(|r| usize::from(r.first_page) <= page);
+                let run = before.checked_sub(1).map(|i| self.runs[i]);
+                run.map_or(0, |r| slot.get().min(page - usize::from(r.first_page)))
+            }
+        };
+        (page - back, self.extent(page - back))
+    }
+
     /// All extents in page order, as (first page within the section, extent), without trailing zero pages.
     pub fn extents(&self) -> impl Iterator<Item = (usize, Extent)> + '_ {
         let end = self.end_page();
