@@ -22,7 +22,7 @@ pub fn word(seed: u64, page: u64, generation: u32) -> u64 {
 /// The generation in which `page` was last rewritten when the guest is in `current`; 0 if never.
 pub fn generation_of(page: u64, current: u32) -> u32 {
     let since = current.wrapping_sub(page as u32) & (LANES as u32 - 1);
-    current.checked_sub(since).unwrap_or(0)
+    current.saturating_sub(since)
 }
 
 /// The sum an answer over `pages` comes to in generation `current`.

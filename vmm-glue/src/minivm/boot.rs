@@ -43,7 +43,7 @@ fn write_page_tables(memory: &GuestMemoryMmap, spans: &[Span]) -> Result<(), Min
             let linear = span.linear + offset;
             let directory = PD_ADDR + linear / PD_COVERS_BYTES * layout::PAGE_BYTES;
             let entry = linear % PD_COVERS_BYTES / LARGE_PAGE_BYTES;
-            memory.write_obj(span.physical + offset | LARGE_PAGE, GuestAddress(directory + entry * 8))?;
+            memory.write_obj((span.physical + offset) | LARGE_PAGE, GuestAddress(directory + entry * 8))?;
             if entry == 0 {
                 let entry = linear / PD_COVERS_BYTES;
                 let value = directory | PRESENT_WRITABLE_ACCESSED;
