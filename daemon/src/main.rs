@@ -1,1 +1,26 @@
-fn main() {}
+//! The `dormouse` command: machines on perpetual standby.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `cli` | what can be written on the command line |
+//! | `commands` | one file per command |
+//! | `context` | what the global options mean: the store, the key, the caches |
+//! | `key` | where the key of an encrypted domain comes from |
+//! | `output`, `table`, `human` | one JSON document, or text for people |
+//! | `progress` | bars on a terminal |
+//! | `failure` | what went wrong, its kind and exit code |
+#![forbid(unsafe_code)]
+
+mod cli;
+mod commands;
+mod context;
+mod failure;
+mod human;
+mod key;
+mod output;
+mod progress;
+mod table;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,0 +1,74 @@
+//! The command line as a whole: options that hold for all commands, and the list of commands.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::commands::{du, export, import, key, ls, rm, show, verify};
+
+/// Stores virtual-machine snapshots densely and brings them back fast.
+#[derive(Debug, Parser)]
+#[command(name = "dormouse", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: GlobalOptions,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options that may be written before or after any command.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct GlobalOptions {
+    /// Where the snapshots are: a directory, file:///path, memory://, s3://bucket/prefix, gs://bucket/prefix or
+    /// az://container/prefix [default: ~/.local/share/dormouse]
+    #[arg(long, global = true, value_name = "URL", env = "DORMOUSE_STORE")]
+    pub(crate) store: Option<String>,
+
+    /// Print exactly one JSON document on standard output, also for errors
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// Encrypt and decrypt with the key in this file: 64 hexadecimal digits, or 32 bytes
+    /// [env: DORMOUSE_KEY_FILE; or the key itself in DORMOUSE_KEY]
+    #[arg(long, global = true, value_name = "PATH", conflicts_with = "key_command")]
+    pub(crate) key_file: Option<PathBuf>,
+
+    /// Encrypt and decrypt with the key that this shell command prints
+    #[arg(long, global = true, value_name = "COMMAND")]
+    pub(crate) key_command: Option<String>,
+
+    /// Where this host keeps what it can rebuild, so that it need not be fetched again [default: ~/.cache/dormouse]
+    #[arg(long, global = true, value_name = "PATH", env = "DORMOUSE_CACHE_DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+
+    /// No progress bars
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+
+    /// Say more on standard error; twice for still more
+    #[arg(long, short, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Store memory, disks and device state as a snapshot
+    Import(import::ImportArgs),
+    /// Write a snapshot's memory, disks and device state to files, byte-identical and sparse
+    Export(export::ExportArgs),
+    /// List the snapshots
+    Ls(ls::LsArgs),
+    /// Show what a snapshot holds
+    Show(show::ShowArgs),
+    /// Show what the snapshots take up, and what that costs a month
+    Du(du::DuArgs),
+    /// Check that what is stored is there and undamaged; exit code 1 if not
+    Verify(verify::VerifyArgs),
+    /// Remove a snapshot's name; what only it used can then be collected
+    Rm(rm::RmArgs),
+    /// Make and look at encryption keys
+    #[command(subcommand)]
+    Key(key::KeyCommand),
+}

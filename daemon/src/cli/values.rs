@@ -1,0 +1,101 @@
+//! Values of options, parsed and checked before anything is done.
+
+use std::{path::PathBuf, str::FromStr, time::Duration};
+
+use dormouse_core::ImageId;
+
+/// `ID=FILE`: a disk or a device state, and the file it is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) id: ImageId,
+    pub(crate) file: PathBuf,
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (id, file) = text.split_once('=').ok_or("write it as ID=FILE, for example root=disk.img")?;
+        if file.is_empty() {
+            return Err("the file is missing after '='".into());
+        }
+        Ok(Part { id: ImageId::new(id).map_err(|e| e.to_string())?, file: file.into() })
+    }
+}
+
+/// `KEY=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Label {
+    pub(crate) key: String,
+    pub(crate) value: String,
+}
+
+impl FromStr for Label {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some(("", _)) => Err("the key is missing before '='".into()),
+            Some((key, value)) => Ok(Label { key: key.into(), value: value.into() }),
+            None => Err("write it as KEY=VALUE".into()),
+        }
+    }
+}
+
+/// A length of time: a number and `s`, `m`, `h` or `d`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "write it as a number and a unit, for example 0s, 15m, 24h or 30d".to_string();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    let unit_s = match &text[digits.len()..] {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => return Err(wrong()),
+    };
+    number
+        .checked_mul(unit_s)
+        .map(Duration::from_secs)
+        .ok_or_else(|| "that is longer than any machine lives".into())
+}
+
+/// A price: dollars, not negative.
+pub(crate) fn dollars(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(price) if price.is_finite() && price >= 0.0 => Ok(price),
+        _ => Err("write the price in dollars for a gigabyte and month, for example 0.023".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_an_id_and_a_file_which_may_hold_further_equal_signs() {
+        let part: Part = "root=/tmp/a=b.img".parse().expect("a part");
+        assert_eq!((part.id.as_str(), part.file), ("root", "/tmp/a=b.img".into()));
+        for wrong in ["root", "root=", "=file", "no spaces=file", "-x=file"] {
+            assert!(wrong.parse::<Part>().is_err(), "{wrong:?} was taken for a part");
+        }
+    }
+
+    #[test]
+    fn durations_have_a_unit_and_do_not_overflow() {
+        assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        assert_eq!(duration("15m"), Ok(Duration::from_secs(900)));
+        assert_eq!(duration("2d"), Ok(Duration::from_secs(172_800)));
+        for wrong in ["", "5", "s", "-1s", "1.5h", "1w", "99999999999999999999s", "18446744073709551615d"] {
+            assert!(duration(wrong).is_err(), "{wrong:?} was taken for a duration");
+        }
+    }
+
+    #[test]
+    fn prices_are_finite_and_not_negative() {
+        assert_eq!(dollars("0.023"), Ok(0.023));
+        for wrong in ["-1", "nan", "inf", "free"] {
+            assert!(dollars(wrong).is_err(), "{wrong:?} was taken for a price");
+        }
+    }
+}

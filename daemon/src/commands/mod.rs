@@ -1,0 +1,30 @@
+//! One file per command. Each does its work, then prints once: nothing, or one document.
+
+pub(crate) mod du;
+pub(crate) mod export;
+pub(crate) mod import;
+pub(crate) mod key;
+pub(crate) mod ls;
+pub(crate) mod rm;
+pub(crate) mod show;
+pub(crate) mod verify;
+
+use crate::{
+    cli::args::Command,
+    context::Context,
+    failure::{Failure, Status},
+};
+
+/// Runs a command.
+pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure> {
+    match command {
+        Command::Import(args) => import::run(args, context),
+        Command::Export(args) => export::run(&args, context),
+        Command::Ls(args) => ls::run(&args, context),
+        Command::Show(args) => show::run(&args, context),
+        Command::Du(args) => du::run(&args, context),
+        Command::Verify(args) => verify::run(&args, context),
+        Command::Rm(args) => rm::run(&args, context),
+        Command::Key(command) => key::run(&command, context),
+    }
+}

@@ -1,0 +1,49 @@
+//! What goes to standard output: one JSON document, or text for people. Everything else goes to standard error.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// Prints `document` as JSON if `json`, and what `text` writes otherwise.
+///
+/// # Errors
+/// Standard output cannot be written. A reader that has gone (`| head`) is not an error.
+pub(crate) fn print<T: Serialize>(
+    json: bool,
+    document: &T,
+    text: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<(), Failure> {
+    let mut stdout = io::BufWriter::new(io::stdout().lock());
+    let written = if json { write_json(&mut stdout, document) } else { text(&mut stdout) };
+    match written.and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new("output", format!("standard output cannot be written: {e}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn write_json<T: Serialize>(to: &mut dyn Write, document: &T) -> io::Result<()> {
+    serde_json::to_writer_pretty(&mut *to, document)?;
+    writeln!(to)
+}
+
+/// Tells of a failure: a sentence on standard error, and with `json` a document as well.
+pub(crate) fn failure(failure: &Failure, json: bool) {
+    // If standard error cannot be written, the exit code still tells.
+    let _ = writeln!(io::stderr(), "error: {failure}");
+    if json {
+        failure_document(failure);
+    }
+}
+
+/// Prints `{"error": {...}}`.
+pub(crate) fn failure_document(failure: &Failure) {
+    #[derive(Serialize)]
+    struct Document<'a> {
+        error: &'a Failure,
+    }
+    let _ = write_json(&mut io::stdout().lock(), &Document { error: failure });
+}
