@@ -47,6 +47,11 @@ impl Keys {
         format!("{}/condemned", self.domain)
     }
 
+    /// The lease of whoever collects garbage.
+    pub(crate) fn gc_lease(&self) -> String {
+        format!("{}/gc/lease", self.domain)
+    }
+
     /// The mark by which garbage collection announces that it is about to delete an object.
     pub(crate) fn condemned(&self, object_key: &str) -> String {
         let tail = object_key.rsplit('/').next().unwrap_or(object_key);

@@ -9,6 +9,7 @@ pub mod backend;
 mod error;
 mod export;
 mod frame_cache;
+mod gc;
 mod import;
 mod index;
 mod keys;
@@ -21,6 +22,7 @@ mod verify;
 
 pub use error::{Result, StoreError};
 pub use frame_cache::DecodedFrame;
+pub use gc::{DEFAULT_GRACE, GcOptions, GcReport};
 pub use import::{BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest};
 pub use progress::{NoProgress, Progress};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};

@@ -34,6 +34,44 @@ pub struct Counts {
     pub lists: AtomicU64,
 }
 
+/// [`Counts`] at one moment, to be compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Reads of objects or parts of them.
+    pub gets: u64,
+    /// Bytes those reads returned.
+    pub get_bytes: u64,
+    /// Look-ups of sizes.
+    pub heads: u64,
+    /// Writes of new objects.
+    pub puts: u64,
+    /// Bytes those writes carried.
+    pub put_bytes: u64,
+    /// Swaps of references.
+    pub swaps: u64,
+    /// Deletions.
+    pub deletes: u64,
+    /// Listings.
+    pub lists: u64,
+}
+
+impl Counts {
+    /// What was asked since the last call; counting begins anew.
+    pub fn take(&self) -> Counted {
+        let take = |counter: &AtomicU64| counter.swap(0, Ordering::SeqCst);
+        Counted {
+            gets: take(&self.gets),
+            get_bytes: take(&self.get_bytes),
+            heads: take(&self.heads),
+            puts: take(&self.puts),
+            put_bytes: take(&self.put_bytes),
+            swaps: take(&self.swaps),
+            deletes: take(&self.deletes),
+            lists: take(&self.lists),
+        }
+    }
+}
+
 /// What happens to one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -87,6 +125,14 @@ impl FaultyBackend {
             dead: false.into(),
             plan: Mutex::new(Arc::new(plan)),
         }
+    }
+
+    /// From here on `plan` is asked, operations are numbered from 0 again, and what was dead works.
+    pub fn set_plan(&self, plan: impl Fn(u64, &str, &str) -> Option<Fault> + Send + Sync + 'static) {
+        let mut current = self.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *current = Arc::new(plan);
+        self.operations.store(0, Ordering::SeqCst);
+        self.dead.store(false, Ordering::SeqCst);
     }
 
     /// What was asked so far.

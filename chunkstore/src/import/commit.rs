@@ -16,6 +16,7 @@ use dormouse_core::{
 use super::{
     blocks::ImageFile,
     layout::{LaidOut, Layout},
+    pack_writer::Salt,
     request::{BlobBytes, BlobSource, ImportReport, ImportRequest},
 };
 use crate::{
@@ -30,6 +31,7 @@ use crate::{
 /// together.
 struct MetaPacks<'a> {
     store: &'a Store,
+    salt: Salt,
     builder: PackBuilder,
     /// Frames in the open pack, by the number they will be asked for by.
     open: Vec<(usize, FrameRef)>,
@@ -40,9 +42,18 @@ struct MetaPacks<'a> {
 }
 
 impl<'a> MetaPacks<'a> {
-    fn new(store: &'a Store) -> Self {
-        let builder = PackBuilder::new(&store.domain);
-        MetaPacks { store, builder, open: Vec::new(), placed: HashMap::new(), next: 0, objects: 0, bytes: 0 }
+    fn new(store: &'a Store, salt: Salt) -> Self {
+        let builder = salt.new_pack(&store.domain);
+        MetaPacks {
+            store,
+            salt,
+            builder,
+            open: Vec::new(),
+            placed: HashMap::new(),
+            next: 0,
+            objects: 0,
+            bytes: 0,
+        }
     }
 
     fn push(&mut self, kind: FrameKind, frame: &EncodedFrame) -> Result<usize> {
@@ -56,10 +67,10 @@ impl<'a> MetaPacks<'a> {
     }
 
     fn close(&mut self) -> Result<()> {
-        if self.builder.is_empty() {
+        if self.open.is_empty() {
             return Ok(());
         }
-        let full = std::mem::replace(&mut self.builder, PackBuilder::new(&self.store.domain));
+        let full = std::mem::replace(&mut self.builder, self.salt.new_pack(&self.store.domain));
         let (pack, bytes, _) = full.finish(&self.store.domain);
         self.objects += 1;
         self.bytes += bytes.len() as u64;
@@ -104,8 +115,9 @@ impl Store {
         layout: Layout,
         (current, version): (Option<Reference>, Option<Version>),
         index: &Index,
+        salt: Salt,
     ) -> Result<ImportReport> {
-        let mut meta = MetaPacks::new(self);
+        let mut meta = MetaPacks::new(self, salt);
         let mut blobs = Vec::new();
         for blob in &request.blobs {
             blobs.push(store_blob(&mut meta, &self.domain, blob, request.level)?);

@@ -22,7 +22,7 @@ use self::{
     blocks::{BlockQueue, ImageFile},
     drafts::matching,
     layout::{BaseImage, Layout, Layouter},
-    pack_writer::{Failure, compress_frames, fill_packs, upload_packs},
+    pack_writer::{Failure, Salt, compress_frames, fill_packs, upload_packs},
 };
 use crate::{
     error::{Result, StoreError},
@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// How often an import starts over when garbage collection took what it shared.
-const RACES_MAX: usize = 3;
+const RACES_MAX: usize = 10;
 /// Packs uploaded at the same time. One is 12 MiB.
 const UPLOADS: usize = 4;
 
@@ -48,7 +48,7 @@ impl Store {
         let index = Index::open(self.cache_dir.as_deref());
         let mut races = 0;
         loop {
-            match self.import_once(request, &index, progress) {
+            match self.import_once(request, &index, Salt::of_attempt(races), progress) {
                 Err(StoreError::LostRace { packs }) if races < RACES_MAX => {
                     races += 1;
                     tracing::info!(packs, races, "shared packs were collected meanwhile; importing again");
@@ -62,6 +62,7 @@ impl Store {
         &self,
         request: &ImportRequest,
         index: &Index,
+        salt: Salt,
         progress: &dyn Progress,
     ) -> Result<ImportReport> {
         let (current, version) = self.reference(&request.name)?;
@@ -78,8 +79,8 @@ impl Store {
         let images = request.images.iter().map(ImageFile::open).collect::<Result<Vec<_>>>()?;
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
-        let layout = self.lay_out(request, index, &images, bases, progress)?;
-        self.commit(request, &images, parent.as_ref(), layout, (current, version), index)
+        let layout = self.lay_out(request, index, &images, bases, salt, progress)?;
+        self.commit(request, &images, parent.as_ref(), layout, (current, version), index, salt)
     }
 
     /// Runs the pipeline.
@@ -89,6 +90,7 @@ impl Store {
         index: &Index,
         images: &[ImageFile],
         bases: Vec<Option<BaseImage<'_>>>,
+        salt: Salt,
         progress: &dyn Progress,
     ) -> Result<Layout> {
         let cores = thread::available_parallelism().map_or(2, NonZero::get);
@@ -114,7 +116,7 @@ impl Store {
             }
             // The channels must close when their last user ends; these are not users.
             drop((block_out, raw, frame_out));
-            scope.spawn(move || fill_packs(domain, &frames, &pack_out));
+            scope.spawn(move || fill_packs(domain, salt, &frames, &pack_out));
             for _ in 0..UPLOADS {
                 let (packs, stored_out) = (packs.clone(), stored_out.clone());
                 scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));

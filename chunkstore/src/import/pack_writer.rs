@@ -75,6 +75,35 @@ impl Failure {
     }
 }
 
+/// Makes packs of a second attempt differ from those of the first.
+///
+/// The same pages make the same packs, down to their names. Where the first ones were condemned as garbage while
+/// nothing referred to them yet, making them again under the same names would not help.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Salt(Option<[u8; 16]>);
+
+impl Salt {
+    /// None for the first attempt; something nobody else has for later ones.
+    pub(crate) fn of_attempt(attempt: usize) -> Self {
+        if attempt == 0 {
+            return Salt(None);
+        }
+        let seed = format!("{} {} {attempt}", std::process::id(), crate::store::now_unix_ms());
+        let mut salt = [0; 16];
+        salt.copy_from_slice(&blake3::hash(seed.as_bytes()).as_bytes()[..16]);
+        Salt(Some(salt))
+    }
+
+    /// An empty pack, but for the salt.
+    pub(crate) fn new_pack(self, domain: &Domain) -> PackBuilder {
+        let mut builder = PackBuilder::new(domain);
+        if let Some(salt) = self.0 {
+            builder.push(FrameKind::Blob, &EncodedFrame::encode(domain, &salt, 1), Vec::new());
+        }
+        builder
+    }
+}
+
 /// Compresses frames until there are no more.
 pub(crate) fn compress_frames(
     domain: &Domain,
@@ -98,18 +127,19 @@ pub(crate) fn compress_frames(
 /// Puts frames into packs in order of their numbers until there are no more.
 pub(crate) fn fill_packs(
     domain: &Domain,
+    salt: Salt,
     frames: &Receiver<(FrameSequence, PackJob)>,
     out: &Sender<ClosedPack>,
 ) {
     let mut waiting = BTreeMap::new();
     let mut next = 0;
-    let mut builder = PackBuilder::new(domain);
+    let mut builder = salt.new_pack(domain);
     let mut placed = Vec::new();
     let close = |builder: &mut PackBuilder, placed: &mut Vec<_>| {
-        if builder.is_empty() {
+        if placed.is_empty() {
             return true;
         }
-        let full = std::mem::replace(builder, PackBuilder::new(domain));
+        let full = std::mem::replace(builder, salt.new_pack(domain));
         let (pack, bytes, footer) = full.finish(domain);
         out.send(ClosedPack { pack, bytes, footer, frames: std::mem::take(placed) }).is_ok()
     };

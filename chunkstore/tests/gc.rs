@@ -1,0 +1,153 @@
+//! Garbage collection takes what nobody needs and nothing else.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
+
+use common::{Machine, assert_same, files_below, store_in};
+use dormouse_chunkstore::{GcOptions, NoProgress, Store, StoreError, VerifyDepth};
+use dormouse_core::{ImageKind, Name};
+
+const AT_ONCE: GcOptions = GcOptions { grace: Duration::ZERO, dry_run: false };
+
+fn name(n: &str) -> Name {
+    Name::new(n).unwrap()
+}
+
+fn memory_is(store: &Store, snapshot: &str, machine: &Machine) {
+    let out = tempfile::tempdir().unwrap();
+    let to = out.path().join("memory");
+    let opened = store.open_snapshot(&name(snapshot)).unwrap();
+    opened.image(ImageKind::Memory, "memory").unwrap().export(&to, &NoProgress).unwrap();
+    assert_same(machine.path("memory"), to);
+}
+
+#[test]
+fn what_only_a_removed_snapshot_used_is_deleted_and_the_rest_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let mut machine = Machine::new(300, 20);
+    machine.import(&store, "a", None).unwrap();
+    machine.change(1, 30);
+    machine.import(&store, "b", Some("a")).unwrap();
+    store.remove(&name("a")).unwrap();
+    let report = store.gc(AT_ONCE).unwrap();
+    assert!(report.deleted_objects >= 2, "{report:?}");
+    memory_is(&store, "b", &machine);
+    assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
+    store.remove(&name("b")).unwrap();
+    store.gc(AT_ONCE).unwrap();
+    let left: Vec<_> = files_below(&dir.path().join("store"));
+    assert!(left.iter().all(|p| p.ends_with("lock")), "nothing but the lock file is left: {left:?}");
+}
+
+#[test]
+fn a_dry_run_says_what_it_would_do_and_does_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    Machine::new(50, 5).import(&store, "a", None).unwrap();
+    store.remove(&name("a")).unwrap();
+    let before = files_below(&dir.path().join("store"));
+    let dry = store.gc(GcOptions { dry_run: true, ..AT_ONCE }).unwrap();
+    assert_eq!(before, files_below(&dir.path().join("store")));
+    let real = store.gc(AT_ONCE).unwrap();
+    assert_eq!((dry.deleted_objects, dry.deleted_bytes), (real.deleted_objects, real.deleted_bytes));
+}
+
+#[test]
+fn the_grace_time_keeps_young_garbage() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    Machine::new(50, 5).import(&store, "a", None).unwrap();
+    store.remove(&name("a")).unwrap();
+    let report = store.gc(GcOptions::default()).unwrap();
+    assert_eq!((report.condemned_objects, report.deleted_objects), (0, 0));
+}
+
+#[test]
+fn a_damaged_reference_stops_collection() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    Machine::new(50, 5).import(&store, "a", None).unwrap();
+    let key = dir.path().join("store/plain/refs/a");
+    let mut bytes = std::fs::read(&key).unwrap();
+    bytes[60] ^= 1;
+    std::fs::write(&key, bytes).unwrap();
+    assert!(matches!(store.gc(AT_ONCE), Err(StoreError::Damaged { .. })));
+    assert!(files_below(&dir.path().join("store")).len() >= 4);
+}
+
+#[test]
+fn an_expired_snapshot_goes_and_one_without_expiry_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let machine = Machine::new(20, 5);
+    let mut request = machine.request("old", None);
+    request.expires_unix_ms = 1;
+    store.import(&request, &NoProgress).unwrap();
+    machine.import(&store, "kept", None).unwrap();
+    assert_eq!(store.gc(AT_ONCE).unwrap().expired, ["old"]);
+    memory_is(&store, "kept", &machine);
+}
+
+/// Eight hosts import and remove while a collector deletes at once, all the time.
+#[test]
+fn eight_writers_and_a_collector_lose_nothing_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let done = AtomicBool::new(false);
+    let (acknowledged, lost_races) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..8u64)
+            .map(|w| {
+                let (dir, acknowledged, lost_races) = (dir.path(), &acknowledged, &lost_races);
+                scope.spawn(move || {
+                    // All writers store much the same pages, so that they share what others are dropping.
+                    let store = common::store_with_cache(dir, &format!("cache{w}"));
+                    let mut machine = Machine::new(60, 5);
+                    for generation in 0..6 {
+                        machine.change(generation, 20);
+                        let me = format!("w{w}");
+                        let mut request = machine.request(&me, (generation > 0).then_some(me.as_str()));
+                        request.replace = true;
+                        match store.import(&request, &NoProgress) {
+                            Ok(_) => {
+                                acknowledged.fetch_add(1, Ordering::SeqCst);
+                                memory_is(&store, &me, &machine);
+                            }
+                            Err(StoreError::LostRace { .. }) => {
+                                lost_races.fetch_add(1, Ordering::SeqCst);
+                                let _ = store.remove(&name(&me));
+                                request.parent = None;
+                                while store.import(&request, &NoProgress).is_err() {}
+                            }
+                            Err(e) => panic!("writer {w}: {e}"),
+                        }
+                        memory_is(&store, &me, &machine);
+                    }
+                    machine
+                })
+            })
+            .collect();
+        let collector = scope.spawn(|| {
+            let store = common::store_with_cache(dir.path(), "collector");
+            let mut deleted = 0;
+            while !done.load(Ordering::SeqCst) {
+                deleted += store.gc(AT_ONCE).unwrap().deleted_objects;
+            }
+            deleted
+        });
+        let machines: Vec<Machine> = writers.into_iter().map(|w| w.join().unwrap()).collect();
+        done.store(true, Ordering::SeqCst);
+        assert!(collector.join().unwrap() > 0, "the collector had work");
+        let store = store_in(dir.path());
+        for (w, machine) in machines.iter().enumerate() {
+            memory_is(&store, &format!("w{w}"), machine);
+        }
+        assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
+    });
+    assert!(acknowledged.load(Ordering::SeqCst) > 0);
+}
