@@ -1,0 +1,9 @@
+//! Drives the built binary as people and scripts do. One test binary, so that it is linked once.
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
+
+mod command_line;
+mod damage;
+mod home;
+mod keys;
+mod real_guests;
+mod round_trip;
