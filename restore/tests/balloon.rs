@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use common::{Rng, TestImage, own, uffd_or_skip, verify};
 use dormouse_core::page::{PAGE_BYTES, PageIndex};
+use dormouse_restore::install::Installer;
+use dormouse_restore::outcome::Outcome;
+use dormouse_restore::plan::Span;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{Mapping, PageSize, Policy, Restore, VmStopped};
 
@@ -110,4 +113,63 @@ fn removal_beats_every_install_in_flight() {
             }
         }
     }
+}
+
+/// Lets a removal begin between the look at a page's state and its install, the moment it is most tempting to
+/// put the image's bytes where zeros belong.
+struct Hesitant {
+    inner: dormouse_restore::install::UffdCopy,
+    memory: Arc<dormouse_restore::Memory>,
+    hesitated: AtomicU8,
+    begin: std::sync::mpsc::Sender<()>,
+}
+
+impl Installer for Hesitant {
+    fn copy(&self, at: Span, bytes: &[u8]) -> Outcome {
+        if self.hesitated.fetch_add(1, Ordering::SeqCst) == 0 {
+            self.begin.send(()).unwrap();
+            let uffd = self.memory.uffd().as_fd();
+            let mut fds = [rustix::event::PollFd::new(&uffd, rustix::event::PollFlags::IN)];
+            let limit = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+            rustix::event::poll(&mut fds, Some(&limit)).unwrap();
+            // Time for another thread to read the event and for the page to go, if that were possible.
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        self.inner.copy(at, bytes)
+    }
+    fn zero(&self, at: Span) -> Outcome {
+        self.inner.zero(at)
+    }
+    fn poison(&self, at: Span) -> Outcome {
+        self.inner.poison(at)
+    }
+    fn wake(&self, at: Span) {
+        self.inner.wake(at)
+    }
+}
+
+#[test]
+fn a_removal_that_begins_within_an_install_wins() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (begin, begun) = std::sync::mpsc::channel();
+    let handle = Restore::start_with(plan, memory, Policy::default(), |memory, counters| {
+        let inner = dormouse_restore::install::UffdCopy::new(memory.clone(), counters);
+        Box::new(Hesitant { inner, memory, hesitated: AtomicU8::new(0), begin })
+    })
+    .unwrap();
+    let giving = mapping.clone();
+    let installed = std::thread::scope(|s| {
+        s.spawn(move || {
+            begun.recv().unwrap();
+            giving.discard(4, 8).unwrap();
+        });
+        handle.install_run(PageIndex(0), &image.bytes(0, 32)).unwrap()
+    });
+    assert_eq!(installed, 24, "a page was installed after it was given back");
+    (4..12).for_each(|p| verify_zero(&mapping, p));
+    (0..4).chain(12..64).for_each(|p| verify(&image, &mapping, p));
+    let counts = handle.stop(VmStopped::attest());
+    assert!(counts.again > 0, "the kernel's EAGAIN was never met");
 }
