@@ -1,10 +1,11 @@
-//! Connects Dormouse to virtual-machine monitors: stock Firecracker, and VMMs of one's own.
+//! Connects Dormouse to virtual-machine monitors: stock Firecracker, Cloud Hypervisor, and VMMs of one's own.
 //!
 //! | module | holds |
 //! |---|---|
 //! | [`guest`] | the guest program that fills, answers and verifies; the [`guest::Guest`] trait; its two hosts' common parts |
 //! | [`minivm`] | a small VMM on `kvm-ioctls` and `vm-memory` that runs the guest program |
 //! | [`firecracker`] | the userfaultfd handshake, API client and process of stock Firecracker |
+//! | [`cloud_hypervisor`] | pure types of its offload protocol |
 //!
 //! Nothing here fetches or installs a page: every function takes memory it is given. Where its pages come
 //! from is the business of `dormouse-restore`.
@@ -12,6 +13,7 @@
 //! All `unsafe` of the crate is in `sys`.
 #![deny(unsafe_code)]
 
+pub mod cloud_hypervisor;
 pub mod firecracker;
 pub mod guest;
 pub mod minivm;

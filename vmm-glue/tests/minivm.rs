@@ -60,9 +60,9 @@ fn shell() -> VmShell {
     VmShell::create().expect("KVM")
 }
 
+/// Waits until `byte` is there, said before or after now.
 fn wait(guest: &dyn Guest, byte: u8) {
-    let console = guest.console();
-    console.wait_for(byte, console.count(byte) + 1, PATIENCE).unwrap_or_else(|e| panic!("{e}"));
+    guest.console().wait_for(byte, 1, PATIENCE).unwrap_or_else(|e| panic!("{e}"));
 }
 
 fn assert_all_right(guest: &dyn Guest) {
@@ -177,6 +177,52 @@ fn ten_generations((boot, restore): (Boot, Restore)) {
     }
 }
 
+/// Paused wherever it happens to be, between any two instructions, and woken in a new machine each time.
+fn survives_pauses_anywhere((boot, restore): (Boot, Restore)) {
+    let memory = memory();
+    let mut guest = boot(memory.clone());
+    guest.resume().expect("start");
+    wait(&*guest, b'R');
+    for wake in 0..40u64 {
+        // Different places, not synchronisation: any place will do.
+        std::thread::sleep(Duration::from_micros(wake * 977 % 3001));
+        guest.pause().expect("pause");
+        assert_all_right(&*guest);
+        let state = guest.save_state().expect("state");
+        drop(guest);
+        guest = restore(memory.clone(), &state);
+        if wake % 4 == 0 {
+            guest.send(Command::Mutate);
+        }
+        // A process guest is parked when restored: it needs a command to go on.
+        guest.send(Command::Answer);
+        guest.resume().expect("wake");
+        if wake % 4 == 0 {
+            wait(&*guest, b'M');
+        }
+    }
+    wait(&*guest, b'.');
+    assert_all_right(&*guest);
+    assert_eq!(guest.console().generation(), Some(10));
+}
+
+#[test]
+fn a_running_guest_does_not_give_its_state() {
+    let mut guest = NativeGuest::boot(memory(), &params(), true).expect("boot");
+    guest.resume().expect("start");
+    assert!(guest.save_state().is_err() && guest.take_dirty().is_err());
+}
+
+#[test]
+fn a_state_of_the_other_kind_is_refused() {
+    let mut guest = NativeGuest::boot(memory(), &params(), false).expect("boot");
+    let state = guest.save_state().expect("state");
+    if have_kvm() {
+        let refused = MiniVm::restore(shell(), memory(), &state, Dirty::Untracked);
+        assert!(refused.err().expect("refused").to_string().contains("Process"));
+    }
+}
+
 macro_rules! on_both_hosts {
     ($($case:ident),* $(,)?) => {
         mod kvm { $(#[test] fn $case() { if super::have_kvm() { super::$case(super::KVM) } })* }
@@ -188,5 +234,6 @@ on_both_hosts!(
     sleeps_and_wakes,
     finds_a_wrong_page,
     finds_an_old_answer_page,
-    ten_generations
+    ten_generations,
+    survives_pauses_anywhere
 );

@@ -1,4 +1,5 @@
 use super::*;
+use crate::firecracker::http::HEAD_BYTES_MAX;
 use proptest::prelude::*;
 
 const REFUSAL: &[u8] =

@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod handshake;
+pub mod http;
 pub mod listener;
 pub mod process;
 pub mod regions;

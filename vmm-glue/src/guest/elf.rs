@@ -3,7 +3,8 @@
 //! Two loadable segments and nothing else: the program at [`PROGRAM_ADDR`], the parameter block at
 //! [`PARAMS_ADDR`]. No notes: a PVH note would make Firecracker enter it in 32-bit mode.
 
-use super::layout::{GuestParams, PARAMS_ADDR, PROGRAM_ADDR};
+use super::GuestParams;
+use super::layout::{PARAMS_ADDR, PROGRAM_ADDR};
 
 const HEADER_BYTES: u64 = 64;
 const PROGRAM_HEADER_BYTES: u64 = 56;

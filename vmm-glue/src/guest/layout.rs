@@ -3,6 +3,7 @@
 //! Addresses are the guest's *linear* addresses. The page tables map them onto the memory regions one after
 //! another, so that with one region starting at zero linear and physical are the same; see [`Span`].
 
+use super::GuestParams;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Bytes of a guest page.
@@ -106,82 +107,6 @@ pub enum LayoutError {
         /// Bytes covered.
         max: u64,
     },
-}
-
-/// What the guest program is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GuestParams {
-    /// Pages of pattern, from [`DATA_ADDR`] up; a multiple of 8.
-    pub pages: u64,
-    /// Makes one guest's pattern differ from another's.
-    pub seed: u64,
-    /// Pages one answer reads, a multiple of 8.
-    pub answer_pages: u64,
-    /// Times the idle loop polls for a command before the next answer and pass; at least 1.
-    pub idle_polls: u64,
-}
-
-impl GuestParams {
-    /// A guest of `pages` pages, answering over 256 of them.
-    ///
-    /// # Errors
-    /// [`LayoutError::Pages`].
-    pub fn new(pages: u64, seed: u64) -> Result<Self, LayoutError> {
-        Self { pages, seed, answer_pages: ANSWER_PAGES_MIN, idle_polls: 64 }.checked()
-    }
-
-    /// These parameters, if they are usable.
-    ///
-    /// # Errors
-    /// [`LayoutError::Pages`] or [`LayoutError::AnswerPages`].
-    pub fn checked(self) -> Result<Self, LayoutError> {
-        let Self { pages, answer_pages, .. } = self;
-        if !(ANSWER_PAGES_MIN..=PAGES_MAX).contains(&pages) || pages % 8 != 0 {
-            return Err(LayoutError::Pages { pages });
-        }
-        let max = ANSWER_PAGES_MAX.min(pages);
-        if !(ANSWER_PAGES_MIN..=max).contains(&answer_pages) || answer_pages % 8 != 0 {
-            return Err(LayoutError::AnswerPages { answer_pages, pages });
-        }
-        Ok(Self { idle_polls: self.idle_polls.max(1), ..self })
-    }
-
-    /// Pages from one page of an answer to the next: near the golden section of all pages, and without a
-    /// common factor, so that the walk is scattered and meets no page twice.
-    pub fn answer_stride(&self) -> u64 {
-        let mut stride = (self.pages * 618 / 1000).max(1);
-        while gcd(stride, self.pages) != 1 {
-            stride += 1;
-        }
-        stride
-    }
-
-    /// Bytes of linear memory the guest needs.
-    pub fn memory_bytes(&self) -> u64 {
-        DATA_ADDR + self.pages * PAGE_BYTES
-    }
-
-    /// The parameter block: magic, pages, data address, seed, answer pages, answer stride, idle polls.
-    pub fn to_block(&self) -> [u8; 56] {
-        let words = [
-            PARAMS_MAGIC,
-            self.pages,
-            DATA_ADDR,
-            self.seed,
-            self.answer_pages,
-            self.answer_stride(),
-            self.idle_polls.max(1),
-        ];
-        let mut block = [0; 56];
-        for (to, word) in block.chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        block
-    }
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// A run of linear addresses and the memory behind it.

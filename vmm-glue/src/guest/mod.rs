@@ -11,13 +11,16 @@ pub mod console;
 pub mod elf;
 pub mod layout;
 pub mod native;
+mod native_work;
+pub mod params;
 pub mod pattern;
 pub mod state;
 
 use std::time::Duration;
 
 pub use console::{Console, ConsoleError};
-pub use layout::{GuestParams, LayoutError};
+pub use layout::LayoutError;
+pub use params::GuestParams;
 
 use crate::minivm::MiniVmError;
 

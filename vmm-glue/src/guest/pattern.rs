@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn an_answer_meets_no_page_twice() {
-        let params = crate::guest::layout::GuestParams::new(4096, 1).expect("valid");
+        let params = crate::guest::GuestParams::new(4096, 1).expect("valid");
         let mut met: Vec<u64> =
             answer_pages(params.pages, params.answer_stride(), params.answer_pages).collect();
         met.sort_unstable();

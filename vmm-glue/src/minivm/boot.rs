@@ -5,7 +5,8 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{MiniVmError, kvm};
-use crate::guest::layout::{self, GuestParams, Span};
+use crate::guest::GuestParams;
+use crate::guest::layout::{self, Span};
 
 // As in Firecracker: its guest must find the same.
 const PML4_ADDR: u64 = 0x9000;
