@@ -89,9 +89,15 @@ proptest! {
             prop_assert_eq!(first, next);
             prop_assert_eq!(extent, section.extent(first));
             let (Extent::Zero { pages } | Extent::Frame { pages, .. }) = extent;
+            for page in first..first + pages as usize {
+                prop_assert_eq!(section.extent_around(page), (first, extent));
+            }
             next += pages as usize;
         }
         prop_assert_eq!(next, section.end_page());
+        for page in next..next + 3 {
+            prop_assert_eq!(section.extent_around(page), (next, section.extent(next)));
+        }
     }
 
     #[test]
