@@ -74,7 +74,7 @@ pub struct GcReport {
 /// What references need: the last part of each object's key.
 type Live = HashSet<String>;
 
-struct Lease<'a> {
+pub(crate) struct Lease<'a> {
     store: &'a Store,
     key: String,
     body: String,
@@ -85,7 +85,7 @@ struct Lease<'a> {
 
 impl Lease<'_> {
     /// Fails if somebody else has taken over.
-    fn renew(&mut self) -> Result<()> {
+    pub(crate) fn renew(&mut self) -> Result<()> {
         let (owner, sequence) = self.body.split_once(' ').unwrap_or((&self.body, "0"));
         let next = sequence.parse::<u64>().unwrap_or(0) + 1;
         let body = format!("{owner} {next}");
@@ -97,7 +97,7 @@ impl Lease<'_> {
         Ok(())
     }
 
-    fn release(mut self) -> Result<()> {
+    pub(crate) fn release(mut self) -> Result<()> {
         self.store.backend.swap(&self.key, self.version.take().as_ref(), Bytes::new()).map(drop)
     }
 }
@@ -256,7 +256,7 @@ impl Store {
         Ok(())
     }
 
-    fn take_lease(&self) -> Result<Lease<'_>> {
+    pub(crate) fn take_lease(&self) -> Result<Lease<'_>> {
         let key = self.keys.gc_lease();
         let (body, version) = self.backend.get_versioned(&key)?;
         if let Some(body) = body {

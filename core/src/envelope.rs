@@ -28,6 +28,8 @@ pub const HEADER_BYTES: usize = 40;
 pub const CHECKSUM_BYTES: usize = 32;
 /// Flag: the body is sealed by the domain whose id the header carries.
 pub const FLAG_SEALED: u32 = 1;
+/// Flag of packs: made by repacking, at a slow and dense level; repacking it again would win nothing.
+pub const FLAG_DENSE: u32 = 2;
 
 /// A kind of object: what its first bytes and its errors are.
 #[derive(Clone, Copy, Debug)]
@@ -44,12 +46,12 @@ pub struct Kind {
 pub(crate) const START_BYTES: usize = 32;
 
 /// Writes the first [`START_BYTES`] of an object.
-pub(crate) fn write_start(magic: [u8; 8], domain: &Domain) -> Writer {
+pub(crate) fn write_start(magic: [u8; 8], domain: &Domain, extra_flags: u32) -> Writer {
     let mut w = Writer::new();
     w.bytes(&magic);
     w.u16(FORMAT_VERSION);
     w.u16(FORMAT_VERSION);
-    w.u32(if domain.is_encrypted() { FLAG_SEALED } else { 0 });
+    w.u32(extra_flags | if domain.is_encrypted() { FLAG_SEALED } else { 0 });
     w.bytes(&domain.id().0);
     w
 }
@@ -57,13 +59,18 @@ pub(crate) fn write_start(magic: [u8; 8], domain: &Domain) -> Writer {
 /// An object's flags and domain, as its start gives them.
 pub(crate) struct Start {
     what: &'static str,
-    sealed: bool,
+    flags: u32,
     id: DomainId,
 }
 
 impl Start {
     /// Reads the start of an object and checks what does not depend on a key: magic, versions, flags.
-    pub(crate) fn read(r: &mut Reader<'_>, what: &'static str, magic: [u8; 8]) -> Result<Self, FormatError> {
+    pub(crate) fn read(
+        r: &mut Reader<'_>,
+        what: &'static str,
+        magic: [u8; 8],
+        extra_flags: u32,
+    ) -> Result<Self, FormatError> {
         if r.array::<8>()? != magic {
             return Err(FormatError::NotThisKind(what));
         }
@@ -75,17 +82,24 @@ impl Start {
             return Err(r.malformed("its versions contradict each other"));
         }
         let flags = r.u32()?;
-        if flags & !FLAG_SEALED != 0 {
-            return Err(FormatError::UnknownFlags { what, flags: flags & !FLAG_SEALED });
+        let unknown = flags & !(FLAG_SEALED | extra_flags);
+        if unknown != 0 {
+            return Err(FormatError::UnknownFlags { what, flags: unknown });
         }
-        Ok(Start { what, sealed: flags & FLAG_SEALED != 0, id: DomainId(r.array()?) })
+        Ok(Start { what, flags, id: DomainId(r.array()?) })
+    }
+
+    /// Whether a flag is set.
+    pub(crate) fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
     }
 
     /// Checks that the object is one of `domain`.
     pub(crate) fn check_domain(&self, domain: &Domain) -> Result<(), FormatError> {
-        match (self.sealed, domain.is_encrypted()) {
+        let sealed = self.has(FLAG_SEALED);
+        match (sealed, domain.is_encrypted()) {
             (true, false) => Err(FormatError::KeyMissing(self.what)),
-            _ if self.id != domain.id() || self.sealed != domain.is_encrypted() => {
+            _ if self.id != domain.id() || sealed != domain.is_encrypted() => {
                 Err(FormatError::WrongKey(self.what))
             }
             _ => Ok(()),
@@ -97,7 +111,7 @@ impl Start {
 pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
     let stored_bytes = body.len() + if domain.is_encrypted() { SEAL_OVERHEAD_BYTES } else { 0 };
     debug_assert!(stored_bytes <= kind.body_bytes_max, "a {} no reader accepts", kind.what);
-    let mut w = write_start(kind.magic, domain);
+    let mut w = write_start(kind.magic, domain, 0);
     w.u32(stored_bytes as u32);
     w.u32(HEADER_BYTES as u32);
     let mut out = w.finish();
@@ -112,7 +126,7 @@ pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
 pub fn unwrap<'a>(kind: Kind, domain: &Domain, object: &'a [u8]) -> Result<Cow<'a, [u8]>, FormatError> {
     let what = kind.what;
     let mut r = Reader::new(object, what);
-    let start = Start::read(&mut r, what, kind.magic)?;
+    let start = Start::read(&mut r, what, kind.magic, 0)?;
     let body_bytes = r.u32()? as usize;
     let header_bytes = r.u32()? as usize;
     if header_bytes != HEADER_BYTES {

@@ -14,7 +14,7 @@ use std::{collections::HashSet, fmt};
 
 use crate::{
     domain::Domain,
-    envelope::{START_BYTES, Start, write_start},
+    envelope::{FLAG_DENSE, START_BYTES, Start, write_start},
     error::FormatError,
     frame::{Codec, EncodedFrame, FrameRef, compress_metadata, decompress},
     id::{ChunkId, FrameHash, PackId},
@@ -274,7 +274,7 @@ impl PackFooter {
 
 fn check_start<'a>(bytes: &'a [u8], magic: [u8; 8], domain: &Domain) -> Result<Reader<'a>, FormatError> {
     let mut r = Reader::new(bytes, "pack");
-    Start::read(&mut r, "pack", magic)?.check_domain(domain)?;
+    Start::read(&mut r, "pack", magic, FLAG_DENSE)?.check_domain(domain)?;
     Ok(r)
 }
 
@@ -289,6 +289,7 @@ pub struct PackBuilder {
     bytes: Vec<u8>,
     footer: PackFooter,
     footer_raw_bytes: usize,
+    flags: u32,
 }
 
 impl fmt::Debug for PackBuilder {
@@ -300,10 +301,20 @@ impl fmt::Debug for PackBuilder {
 impl PackBuilder {
     /// An empty pack of `domain`.
     pub fn new(domain: &Domain) -> Self {
+        Self::with_flags(domain, 0)
+    }
+
+    /// An empty pack of `domain` for frames that are compressed as densely as they ever will be.
+    pub fn dense(domain: &Domain) -> Self {
+        Self::with_flags(domain, FLAG_DENSE)
+    }
+
+    fn with_flags(domain: &Domain, flags: u32) -> Self {
         PackBuilder {
-            bytes: write_start(HEADER_MAGIC, domain).finish(),
+            bytes: write_start(HEADER_MAGIC, domain, flags).finish(),
             footer: PackFooter::default(),
             footer_raw_bytes: 1 + 4,
+            flags,
         }
     }
 
@@ -354,13 +365,20 @@ impl PackBuilder {
         };
         self.bytes.extend_from_slice(&footer);
         debug_assert_eq!(pack.check(), Ok(()));
-        let mut trailer = write_start(TRAILER_MAGIC, domain);
+        let mut trailer = write_start(TRAILER_MAGIC, domain, self.flags);
         trailer.u32(footer.len() as u32);
         let mut trailer = trailer.finish();
         trailer.extend_from_slice(&trailer_check(&trailer));
         self.bytes.extend_from_slice(&trailer);
         (pack, self.bytes, self.footer)
     }
+}
+
+/// Whether a pack is marked as dense, by its header or its trailer.
+pub fn is_dense(start: &[u8]) -> Result<bool, FormatError> {
+    let mut r = Reader::new(start, "pack");
+    let magic = if start.starts_with(&HEADER_MAGIC) { HEADER_MAGIC } else { TRAILER_MAGIC };
+    Ok(Start::read(&mut r, "pack", magic, FLAG_DENSE)?.has(FLAG_DENSE))
 }
 
 /// Finds the footer of a pack from its last [`TRAILER_BYTES`], for a pack known only by name and size.

@@ -4,109 +4,32 @@
 //! A writer moves its reference and only then looks for marks. Whichever of the two comes second sees the other, so
 //! a snapshot is never acknowledged whose packs are being deleted.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use dormouse_core::{
-    BlobEntry, Domain, FrameRef, ImageEntry, PackBuilder, PackId, PackRef, Reference, Root, SectionEntry,
+    BlobEntry, Domain, ImageEntry, PackId, PackRef, Reference, Root, SectionEntry,
     frame::EncodedFrame,
-    limits::{BLOB_BYTES_MAX, BLOB_PIECE_BYTES, PACK_TARGET_BYTES},
+    limits::{BLOB_BYTES_MAX, BLOB_PIECE_BYTES},
     pack::FrameKind,
 };
 
 use super::{
     blocks::ImageFile,
     layout::{LaidOut, Layout},
-    pack_writer::Salt,
+    pack_writer::Packing,
     request::{BlobBytes, BlobSource, ImportReport, ImportRequest},
 };
 use crate::{
     backend::Version,
     error::{Result, StoreError},
     index::Index,
+    meta_packs::{MetaPacks, PackTable},
     snapshot::Snapshot,
     store::{Store, now_unix_ms},
 };
 
-/// Packs of metadata (page maps and device state), apart from those of pages: what a resume reads first lies
-/// together.
-struct MetaPacks<'a> {
-    store: &'a Store,
-    salt: Salt,
-    builder: PackBuilder,
-    /// Frames in the open pack, by the number they will be asked for by.
-    open: Vec<(usize, FrameRef)>,
-    placed: HashMap<usize, (PackRef, FrameRef)>,
-    next: usize,
-    objects: u64,
-    bytes: u64,
-}
-
-impl<'a> MetaPacks<'a> {
-    fn new(store: &'a Store, salt: Salt) -> Self {
-        let builder = salt.new_pack(&store.domain);
-        MetaPacks {
-            store,
-            salt,
-            builder,
-            open: Vec::new(),
-            placed: HashMap::new(),
-            next: 0,
-            objects: 0,
-            bytes: 0,
-        }
-    }
-
-    fn push(&mut self, kind: FrameKind, frame: &EncodedFrame) -> Result<usize> {
-        let number = self.next;
-        self.next += 1;
-        self.open.push((number, self.builder.push(kind, frame, Vec::new())));
-        if self.builder.len() >= PACK_TARGET_BYTES {
-            self.close()?;
-        }
-        Ok(number)
-    }
-
-    fn close(&mut self) -> Result<()> {
-        if self.open.is_empty() {
-            return Ok(());
-        }
-        let full = std::mem::replace(&mut self.builder, self.salt.new_pack(&self.store.domain));
-        let (pack, bytes, _) = full.finish(&self.store.domain);
-        self.objects += 1;
-        self.bytes += bytes.len() as u64;
-        self.store.put_content(&self.store.keys.pack(pack.id), bytes)?;
-        self.placed.extend(self.open.drain(..).map(|(number, at)| (number, (pack, at))));
-        Ok(())
-    }
-
-    fn get(&self, number: usize) -> Result<(PackRef, FrameRef)> {
-        self.placed.get(&number).copied().ok_or(StoreError::Bug("a page map was not stored"))
-    }
-
-    fn packs(&self) -> impl Iterator<Item = PackId> + '_ {
-        self.placed.values().map(|(pack, _)| pack.id)
-    }
-}
-
-/// A root's table of packs, filled as they are referred to.
-#[derive(Default)]
-struct PackTable {
-    packs: Vec<PackRef>,
-    numbers: HashMap<PackId, u32>,
-}
-
-impl PackTable {
-    fn place(&mut self, (pack, at): (PackRef, FrameRef)) -> FrameRef {
-        let packs = &mut self.packs;
-        let number = *self.numbers.entry(pack.id).or_insert_with(|| {
-            packs.push(pack);
-            packs.len() as u32 - 1
-        });
-        FrameRef { pack: number, ..at }
-    }
-}
-
 impl Store {
+    #[expect(clippy::too_many_arguments, reason = "each is one of the things a snapshot is made of")]
     pub(super) fn commit(
         &self,
         request: &ImportRequest,
@@ -115,9 +38,9 @@ impl Store {
         layout: Layout,
         (current, version): (Option<Reference>, Option<Version>),
         index: &Index,
-        salt: Salt,
+        packing: Packing,
     ) -> Result<ImportReport> {
-        let mut meta = MetaPacks::new(self, salt);
+        let mut meta = MetaPacks::new(self, packing);
         let mut blobs = Vec::new();
         for blob in &request.blobs {
             blobs.push(store_blob(&mut meta, &self.domain, blob, request.level)?);

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use dormouse_core::{
     ChunkId, Digest, Domain, FrameRef, ImageKind, PackId, PackRef, SECTION_PAGES, Section, SectionBuilder,
     SectionEntry, SectionIndex, Slot,
+    content::SectionContent,
     section::{Extent, PagePlace},
 };
 
@@ -81,7 +82,7 @@ pub(crate) struct SectionDraft {
     pub(crate) index: SectionIndex,
     pub(crate) base: Option<BaseSection>,
     targets: Vec<Target>,
-    hasher: blake3::Hasher,
+    content: SectionContent,
     changed: bool,
 }
 
@@ -123,9 +124,8 @@ impl SectionDraft {
             }
         }
         let base = base.map(|(base, _)| base);
-        let mut hasher = domain.content_hasher();
-        hasher.update(&base.as_ref().map_or([0; 32], |b| b.entry.content));
-        SectionDraft { image, index, base, targets, hasher, changed: false }
+        let content = SectionContent::new(domain, base.as_ref().map(|b| &b.entry.content));
+        SectionDraft { image, index, base, targets, content, changed: false }
     }
 
     /// The parent's page at this place, if it is known and not zero.
@@ -140,11 +140,7 @@ impl SectionDraft {
         }
         self.targets[page] = target;
         self.changed = true;
-        self.hasher.update(&(page as u32).to_le_bytes());
-        match id {
-            None => self.hasher.update(&[0]),
-            Some(id) => self.hasher.update(&[1]).update(&id.0),
-        };
+        self.content.change(page as u32, id.as_ref());
     }
 
     /// Whether the place of every page is known.
@@ -176,7 +172,7 @@ impl SectionDraft {
         }
         Ok(match builder.finish() {
             None => Finished::Zero,
-            Some(section) => Finished::New { section, content: *self.hasher.finalize().as_bytes() },
+            Some(section) => Finished::New { section, content: self.content.finish() },
         })
     }
 }

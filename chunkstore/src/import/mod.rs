@@ -15,6 +15,7 @@ use std::{collections::BTreeMap, num::NonZero, thread};
 
 use crossbeam::channel::bounded;
 
+pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs};
 pub use self::request::{
     BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest,
 };
@@ -22,7 +23,6 @@ use self::{
     blocks::{BlockQueue, ImageFile},
     drafts::matching,
     layout::{BaseImage, Layout, Layouter},
-    pack_writer::{Failure, Salt, compress_frames, fill_packs, upload_packs},
 };
 use crate::{
     error::{Result, StoreError},
@@ -48,7 +48,7 @@ impl Store {
         let index = Index::open(self.cache_dir.as_deref());
         let mut races = 0;
         loop {
-            match self.import_once(request, &index, Salt::of_attempt(races), progress) {
+            match self.import_once(request, &index, Packing::of_attempt(races), progress) {
                 Err(StoreError::LostRace { packs }) if races < RACES_MAX => {
                     races += 1;
                     tracing::info!(packs, races, "shared packs were collected meanwhile; importing again");
@@ -62,7 +62,7 @@ impl Store {
         &self,
         request: &ImportRequest,
         index: &Index,
-        salt: Salt,
+        packing: Packing,
         progress: &dyn Progress,
     ) -> Result<ImportReport> {
         let (current, version) = self.reference(&request.name)?;
@@ -79,8 +79,8 @@ impl Store {
         let images = request.images.iter().map(ImageFile::open).collect::<Result<Vec<_>>>()?;
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
-        let layout = self.lay_out(request, index, &images, bases, salt, progress)?;
-        self.commit(request, &images, parent.as_ref(), layout, (current, version), index, salt)
+        let layout = self.lay_out(request, index, &images, bases, packing, progress)?;
+        self.commit(request, &images, parent.as_ref(), layout, (current, version), index, packing)
     }
 
     /// Runs the pipeline.
@@ -90,7 +90,7 @@ impl Store {
         index: &Index,
         images: &[ImageFile],
         bases: Vec<Option<BaseImage<'_>>>,
-        salt: Salt,
+        packing: Packing,
         progress: &dyn Progress,
     ) -> Result<Layout> {
         let cores = thread::available_parallelism().map_or(2, NonZero::get);
@@ -116,7 +116,7 @@ impl Store {
             }
             // The channels must close when their last user ends; these are not users.
             drop((block_out, raw, frame_out));
-            scope.spawn(move || fill_packs(domain, salt, &frames, &pack_out));
+            scope.spawn(move || fill_packs(domain, packing, &frames, &pack_out));
             for _ in 0..UPLOADS {
                 let (packs, stored_out) = (packs.clone(), stored_out.clone());
                 scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));

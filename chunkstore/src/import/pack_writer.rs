@@ -6,8 +6,7 @@ use std::{
 
 use crossbeam::channel::{Receiver, Sender};
 use dormouse_core::{
-    ChunkId, Domain, FrameRef, PackBuilder, PackFooter, PackRef, frame::EncodedFrame,
-    limits::PACK_TARGET_BYTES, pack::FrameKind,
+    ChunkId, Domain, FrameRef, PackBuilder, PackFooter, PackRef, frame::EncodedFrame, pack::FrameKind,
 };
 
 use crate::{
@@ -75,29 +74,37 @@ impl Failure {
     }
 }
 
-/// Makes packs of a second attempt differ from those of the first.
+/// What the packs of one job have in common, and what makes those of a second attempt differ from the first.
 ///
 /// The same pages make the same packs, down to their names. Where the first ones were condemned as garbage while
 /// nothing referred to them yet, making them again under the same names would not help.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Salt(Option<[u8; 16]>);
+pub(crate) struct Packing {
+    salt: Option<[u8; 16]>,
+    dense: bool,
+}
 
-impl Salt {
+impl Packing {
     /// None for the first attempt; something nobody else has for later ones.
     pub(crate) fn of_attempt(attempt: usize) -> Self {
         if attempt == 0 {
-            return Salt(None);
+            return Packing::default();
         }
         let seed = format!("{} {} {attempt}", std::process::id(), crate::store::now_unix_ms());
         let mut salt = [0; 16];
         salt.copy_from_slice(&blake3::hash(seed.as_bytes()).as_bytes()[..16]);
-        Salt(Some(salt))
+        Packing { salt: Some(salt), dense: false }
+    }
+
+    /// Packs that repacking makes, of frames as dense as they ever will be.
+    pub(crate) fn dense() -> Self {
+        Packing { salt: None, dense: true }
     }
 
     /// An empty pack, but for the salt.
     pub(crate) fn new_pack(self, domain: &Domain) -> PackBuilder {
-        let mut builder = PackBuilder::new(domain);
-        if let Some(salt) = self.0 {
+        let mut builder = if self.dense { PackBuilder::dense(domain) } else { PackBuilder::new(domain) };
+        if let Some(salt) = self.salt {
             builder.push(FrameKind::Blob, &EncodedFrame::encode(domain, &salt, 1), Vec::new());
         }
         builder
@@ -127,19 +134,19 @@ pub(crate) fn compress_frames(
 /// Puts frames into packs in order of their numbers until there are no more.
 pub(crate) fn fill_packs(
     domain: &Domain,
-    salt: Salt,
+    packing: Packing,
     frames: &Receiver<(FrameSequence, PackJob)>,
     out: &Sender<ClosedPack>,
 ) {
     let mut waiting = BTreeMap::new();
     let mut next = 0;
-    let mut builder = salt.new_pack(domain);
+    let mut builder = packing.new_pack(domain);
     let mut placed = Vec::new();
     let close = |builder: &mut PackBuilder, placed: &mut Vec<_>| {
         if placed.is_empty() {
             return true;
         }
-        let full = std::mem::replace(builder, salt.new_pack(domain));
+        let full = std::mem::replace(builder, packing.new_pack(domain));
         let (pack, bytes, footer) = full.finish(domain);
         out.send(ClosedPack { pack, bytes, footer, frames: std::mem::take(placed) }).is_ok()
     };
@@ -150,7 +157,7 @@ pub(crate) fn fill_packs(
                 PackJob::Flush => true,
                 PackJob::Frame { frame, chunks } => {
                     placed.push((next, builder.push(FrameKind::Pages, &frame, chunks)));
-                    builder.len() >= PACK_TARGET_BYTES
+                    builder.is_full()
                 }
             };
             next += 1;
