@@ -55,7 +55,7 @@ impl ObjectBackend {
         if io_kind(&error).is_some_and(is_full) {
             return StoreError::Full { doing };
         }
-        let denied = io_kind(&error) == Some(std::io::ErrorKind::PermissionDenied);
+        let denied = io_kind(&error).is_some_and(is_denied);
         let why = root_cause(&error);
         match error {
             OsError::PermissionDenied { .. } | OsError::Unauthenticated { .. } => {
@@ -67,12 +67,13 @@ impl ObjectBackend {
     }
 
     fn put(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<PutOutcome, OsError> {
+        let update = matches!(mode, PutMode::Update(_));
         let options = PutOptions { mode, ..Default::default() };
         match self.runner.run(self.store.put_opts(&self.path(key), bytes.into(), options)) {
             Ok(_) => Ok(PutOutcome::Created),
             Err(OsError::AlreadyExists { .. } | OsError::Precondition { .. }) => Ok(PutOutcome::Exists),
-            // An update of an object that was deleted meanwhile.
-            Err(OsError::NotFound { .. }) => Ok(PutOutcome::Exists),
+            // An object that was deleted meanwhile. Otherwise it is the bucket that is not there.
+            Err(OsError::NotFound { .. }) if update => Ok(PutOutcome::Exists),
             Err(e) => Err(e),
         }
     }
@@ -80,6 +81,10 @@ impl ObjectBackend {
 
 fn is_full(kind: std::io::ErrorKind) -> bool {
     matches!(kind, std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
+fn is_denied(kind: std::io::ErrorKind) -> bool {
+    matches!(kind, std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem)
 }
 
 /// The I/O error at the bottom of an error, if there is one.
@@ -117,6 +122,7 @@ impl Backend for ObjectBackend {
         if range.as_ref().is_some_and(|r| r.is_empty()) {
             return Ok(Some(Bytes::new()));
         }
+        let start = range.as_ref().map(|r| r.start);
         let options = GetOptions { range: range.map(GetRange::Bounded), ..Default::default() };
         let got = self.runner.run(async {
             match self.store.get_opts(&self.path(key), options).await {
@@ -127,7 +133,16 @@ impl Backend for ObjectBackend {
         match got {
             Ok(bytes) => Ok(Some(bytes)),
             Err(OsError::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.error(format!("reading {key}"), e)),
+            Err(e) => {
+                // Stores refuse a range that begins past the end, each with an error of its own.
+                if let Some(start) = start
+                    && let Ok(size) = self.head(key)
+                    && size.is_none_or(|size| size <= start)
+                {
+                    return Ok(size.map(|_| Bytes::new()));
+                }
+                Err(self.error(format!("reading {key}"), e))
+            }
         }
     }
 

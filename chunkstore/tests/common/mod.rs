@@ -2,22 +2,32 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
 use std::{
+    collections::BTreeMap,
     fs,
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+
+use bytes::Bytes;
 
 use dormouse_chunkstore::{
     BlobBytes, BlobSource, Dirty, ImageSource, ImportReport, ImportRequest, NoProgress, Result, Store,
     StoreOptions,
+    backend::{Backend, open_url},
 };
 use dormouse_core::{DomainKey, ImageId, ImageKind, Name};
 
 pub const PAGE: usize = 4096;
 
 pub fn store_in(dir: &Path) -> Store {
-    let options = StoreOptions { cache_dir: Some(dir.join("cache")), ..Default::default() };
+    store_with_cache(dir, "cache")
+}
+
+/// The same store from another host: one with a cache of its own.
+pub fn store_with_cache(dir: &Path, cache: &str) -> Store {
+    let options = StoreOptions { cache_dir: Some(dir.join(cache)), ..Default::default() };
     Store::open(dir.join("store").to_str().unwrap(), options).unwrap()
 }
 
@@ -57,9 +67,17 @@ pub struct Machine {
 impl Machine {
     /// Every third page is a hole.
     pub fn new(memory_pages: u64, disk_pages: u64) -> Self {
+        Self::unlike(0, memory_pages, disk_pages)
+    }
+
+    /// Machines of different `salt` have no page in common.
+    pub fn unlike(salt: u64, memory_pages: u64, disk_pages: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let machine = Machine { dir, state: b"device state".repeat(300), memory_pages };
-        for (file, pages, salt) in [("memory", memory_pages, 1u64 << 40), ("root", disk_pages, 2 << 40)] {
+        let salt = salt << 42;
+        for (file, pages, salt) in
+            [("memory", memory_pages, salt + (1u64 << 40)), ("root", disk_pages, salt + (2 << 40))]
+        {
             let f = fs::File::create(machine.path(file)).unwrap();
             let stored = if memory_pages > 10_000 { pages.min(500) } else { pages };
             f.set_len(pages * 3 / 2 * PAGE as u64 + PAGE as u64).unwrap();
@@ -95,6 +113,13 @@ impl Machine {
             f.write_all_at(&page((generation << 50) + i), at * PAGE as u64).unwrap();
         }
         self.state = format!("state of generation {generation}").repeat(100).into_bytes();
+    }
+
+    pub fn rewrite_memory_pages(&mut self, generation: u64, pages: &[u64]) {
+        let f = fs::File::options().write(true).open(self.path("memory")).unwrap();
+        for p in pages {
+            f.write_all_at(&page((generation << 50) + p), p * PAGE as u64).unwrap();
+        }
     }
 
     pub fn change_memory_pages(&mut self, pages: &[u64]) -> Vec<Range<u64>> {
@@ -133,6 +158,62 @@ impl Machine {
         request.images[0].dirty = Some(Dirty::Ranges(dirty));
         store.import(&request, &NoProgress)
     }
+}
+
+/// A machine's files and state as they were at one moment.
+#[derive(Clone)]
+pub struct Remembered {
+    images: Vec<(&'static str, ImageKind, Vec<u8>)>,
+    state: Vec<u8>,
+}
+
+impl Machine {
+    pub fn remember(&self) -> Remembered {
+        let images = self.files().map(|(id, kind, path)| (id, kind, fs::read(path).unwrap()));
+        Remembered { images: images.into(), state: self.state.clone() }
+    }
+}
+
+impl Remembered {
+    /// Exports everything. An error is given back, a wrong byte fails the test.
+    pub fn check(&self, store: &Store, name: &str) -> Result<()> {
+        let snapshot = store.open_snapshot(&Name::new(name).unwrap())?;
+        let out = tempfile::tempdir().unwrap();
+        for (id, kind, bytes) in &self.images {
+            let to = out.path().join(id);
+            snapshot.image(*kind, id)?.export(&to, &NoProgress)?;
+            assert!(fs::read(&to).unwrap() == *bytes, "wrong bytes in {id} of {name}");
+        }
+        assert!(snapshot.read_blob("vmstate")? == self.state, "wrong device state of {name}");
+        Ok(())
+    }
+}
+
+/// A store on this backend, with nothing cached, as another host would open it.
+pub fn fresh(backend: &Arc<dyn Backend>, key: Option<u8>) -> Store {
+    let key = key.map(|k| DomainKey::new([k; 32]));
+    Store::with_backend(backend.clone(), StoreOptions { key, ..Default::default() })
+}
+
+pub fn memory_backend() -> Arc<dyn Backend> {
+    open_url("memory://").unwrap()
+}
+
+/// Every object and its bytes.
+pub fn objects(backend: &dyn Backend) -> BTreeMap<String, Bytes> {
+    let mut keys = Vec::new();
+    // A local store's lock file lies beside its domains, not in one.
+    backend.list("", &mut |meta| keys.extend(Some(meta.key).filter(|k| k.contains('/')))).unwrap();
+    keys.into_iter().map(|k| (k.clone(), backend.get(&k, None).unwrap().unwrap())).collect()
+}
+
+/// A new store in memory with the same objects.
+pub fn copy_of(backend: &dyn Backend) -> Arc<dyn Backend> {
+    let copy = memory_backend();
+    for (key, bytes) in objects(backend) {
+        copy.put_new(&key, bytes).unwrap();
+    }
+    copy
 }
 
 pub fn assert_same(a: impl AsRef<Path>, b: impl AsRef<Path>) {

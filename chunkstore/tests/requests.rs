@@ -1,0 +1,109 @@
+//! Requests are counted: a fast path that silently stops being taken fails a test.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Machine, memory_backend};
+use dormouse_chunkstore::{
+    NoProgress, Store, StoreOptions,
+    backend::{
+        Backend,
+        faulty::{Counted, FaultyBackend},
+    },
+};
+use dormouse_core::{ImageKind, Name, PageIndex};
+
+struct Host {
+    counting: Arc<FaultyBackend>,
+    store: Store,
+    _cache: tempfile::TempDir,
+}
+
+/// A host of its own on a store: caches are its own and begin empty.
+fn host(backend: &Arc<dyn Backend>) -> Host {
+    let counting = Arc::new(FaultyBackend::counting(backend.clone()));
+    let cache = tempfile::tempdir().unwrap();
+    let options = StoreOptions { cache_dir: Some(cache.path().to_owned()), ..Default::default() };
+    let store = Store::with_backend(counting.clone(), options);
+    Host { counting, store, _cache: cache }
+}
+
+/// Names of the same length, so that references are too.
+fn name(generation: u64) -> String {
+    format!("generation-{generation:04}")
+}
+
+/// What one generation asked of the store.
+#[derive(Debug, PartialEq, Eq)]
+struct Asked {
+    opened: Counted,
+    read: Counted,
+    stored_same_host: Counted,
+    stored_new_host: Counted,
+}
+
+/// Makes generations whose dirty pages are those `dirty` says, and counts what the `probed` ones ask for: opening
+/// one and reading a page, and storing its child, by the host that stored all before and by one that knows nothing.
+fn generations(probed: [u64; 2], dirty: impl Fn(u64) -> Vec<u64>) -> [Asked; 2] {
+    let backend = memory_backend();
+    let home = host(&backend);
+    let mut machine = Machine::new(2_000, 8);
+    machine.import(&home.store, &name(0), None).unwrap();
+    let import = |host: &Host, machine: &Machine, from: u64, pages: &[u64]| {
+        let mut request = machine.request(&name(from + 1), Some(&name(from)));
+        let ranges = pages.iter().map(|p| *p..*p + 1).collect();
+        request.images[0].dirty = Some(dormouse_chunkstore::Dirty::Ranges(ranges));
+        request.images[1].dirty = Some(dormouse_chunkstore::Dirty::Ranges(Vec::new()));
+        host.counting.counts().take();
+        host.store.import(&request, &NoProgress).unwrap();
+        host.counting.counts().take()
+    };
+    let mut asked = Vec::new();
+    for generation in 0..=probed[1] {
+        let pages = dirty(generation + 1);
+        machine.rewrite_memory_pages(generation + 1, &pages);
+        if probed.contains(&generation) {
+            let stranger = host(&common::copy_of(&*backend));
+            let snapshot = stranger.store.open_snapshot(&Name::new(name(generation)).unwrap()).unwrap();
+            let opened = stranger.counting.counts().take();
+            let image = snapshot.image(ImageKind::Memory, "memory").unwrap();
+            image.locate(PageIndex(0)).unwrap();
+            let read = stranger.counting.counts().take();
+            let other = host(&common::copy_of(&*backend));
+            let stored_new_host = import(&other, &machine, generation, &pages);
+            let stored_same_host = import(&home, &machine, generation, &pages);
+            asked.push(Asked { opened, read, stored_same_host, stored_new_host });
+        } else {
+            import(&home, &machine, generation, &pages);
+        }
+    }
+    let asked: [Asked; 2] = asked.try_into().unwrap();
+    machine.remember().check(&home.store, &name(probed[1] + 1)).unwrap();
+    asked
+}
+
+#[test]
+fn opening_a_snapshot_is_two_reads() {
+    let backend = memory_backend();
+    let home = host(&backend);
+    Machine::new(100, 10).import(&home.store, "a", None).unwrap();
+    home.counting.counts().take();
+    home.store.open_snapshot(&Name::new("a").unwrap()).unwrap();
+    let asked = home.counting.counts().take();
+    assert_eq!(asked, Counted { gets: 2, get_bytes: asked.get_bytes, ..Default::default() });
+}
+
+#[test]
+fn generation_60_asks_for_what_generation_2_did() {
+    let [early, late] = generations([2, 60], |_| (0..50).map(|i| i * 17).collect());
+    assert_eq!(early, late);
+}
+
+#[test]
+fn pages_dirtied_all_over_do_not_make_later_generations_dearer() {
+    // Every generation dirties other pages, so that each section is soon made of pages of many generations.
+    let [early, late] = generations([30, 60], |g| (0..50).map(|i| (i * 61 + g * 7) % 3_000).collect());
+    assert_eq!(early, late);
+}
