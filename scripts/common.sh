@@ -32,6 +32,6 @@ apt_install() {
     local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
     say "installing with apt-get: $*"
     # A fresh image has no package lists, an old one has stale ones: only then fetch them.
-    "${as[@]}" "${install[@]}" >&2 || { "${as[@]}" apt-get update -qq >&2 && "${as[@]}" "${install[@]}" >&2; } ||
+    "${as[@]}" "${install[@]}" >/dev/null || { "${as[@]}" apt-get update -qq >/dev/null && "${as[@]}" "${install[@]}" >/dev/null; } ||
         die "apt-get could not install: $*. Its own message is above; mend that, then run this again"
 }

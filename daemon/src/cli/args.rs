@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::commands::{du, export, import, key, ls, rm, show, verify};
+use crate::commands::{du, export, gc, import, key, ls, rm, show, verify};
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
 #[derive(Debug, Parser)]
@@ -66,8 +66,10 @@ pub(crate) enum Command {
     Du(du::DuArgs),
     /// Check that what is stored is there and undamaged; exit code 1 if not
     Verify(verify::VerifyArgs),
-    /// Remove a snapshot's name; what only it used can then be collected
+    /// Remove a snapshot's name; `gc` then frees what only it used
     Rm(rm::RmArgs),
+    /// Free what no snapshot uses any more
+    Gc(gc::GcArgs),
     /// Make and look at encryption keys
     #[command(subcommand)]
     Key(key::KeyCommand),

@@ -2,6 +2,7 @@
 
 pub(crate) mod du;
 pub(crate) mod export;
+pub(crate) mod gc;
 pub(crate) mod import;
 pub(crate) mod key;
 pub(crate) mod ls;
@@ -25,6 +26,7 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Du(args) => du::run(&args, context),
         Command::Verify(args) => verify::run(&args, context),
         Command::Rm(args) => rm::run(&args, context),
+        Command::Gc(args) => gc::run(&args, context),
         Command::Key(command) => key::run(&command, context),
     }
 }

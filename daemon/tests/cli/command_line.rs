@@ -35,6 +35,8 @@ fn every_command_prints_exactly_one_document() {
         &["export", "a", "--memory", "copy"],
         &["import", "b", "--memory", "m"],
         &["rm", "b"],
+        &["gc"],
+        &["gc", "--dry-run", "--grace", "0s"],
         &["key", "generate"],
     ];
     for command in commands {
@@ -95,6 +97,7 @@ fn wrong_usage_is_exit_code_2_and_does_nothing() {
         &["import", "a", "--memory", "m"],
         &["export", "a"],
         &["du", "--price", "-1"],
+        &["gc", "--grace", "soon"],
         &["ls", "--store", "ftp://somewhere"],
         &["key", "id"],
     ];
@@ -197,4 +200,26 @@ fn a_reader_that_goes_away_is_not_an_error() {
     let mut child = home.command(&["show", "a"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn gc_frees_what_rm_left_and_nothing_else() {
+    let home = with_snapshot();
+    let before = home.objects("").len();
+    fs::write(home.path("n"), image(5, 200, 0)).unwrap();
+    home.done(&["import", "b", "--memory", "n"]);
+    home.done(&["rm", "b"]);
+    let full = home.objects("packs");
+    let plan = home.json(&["gc", "--dry-run", "--grace", "0s"]);
+    assert_eq!(plan["dry_run"], true);
+    assert!(plan["deleted_objects"].as_u64().unwrap() >= 2, "{plan}");
+    assert_eq!(home.objects("packs"), full, "a dry run deletes nothing");
+    home.done(&["gc"]);
+    assert_eq!(home.objects("packs"), full, "the grace time is not over");
+    let report = home.json(&["gc", "--grace", "0s"]);
+    assert_eq!(report["deleted_objects"], plan["deleted_objects"], "the dry run said so");
+    assert_eq!(home.json(&["du"])["unreferenced_bytes"], 0);
+    assert!(home.objects("").len() <= before + 1, "no garbage is left: {:?}", home.objects(""));
+    home.done(&["export", "a", "--memory", "copy"]);
+    assert!(fs::read(home.path("copy")).unwrap() == fs::read(home.path("m")).unwrap());
 }
