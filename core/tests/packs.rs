@@ -113,6 +113,35 @@ fn an_empty_pack_is_a_pack() {
 }
 
 #[test]
+fn a_dense_pack_says_so_at_both_ends_and_is_refused_if_they_differ() {
+    for domain in domains() {
+        let (pack, mut object, footer) = PackBuilder::dense(&domain).finish(&domain);
+        let tail = object.len() - pack::TRAILER_BYTES;
+        assert_eq!(check_object(&domain, pack.id, &object), Ok((footer, vec![])));
+        assert_eq!(pack::is_dense(&object[..pack::HEADER_BYTES]), Ok(true));
+        assert_eq!(pack::is_dense(&object[tail..]), Ok(true));
+        object[12] &= !2;
+        let why = "its header and trailer differ";
+        assert_eq!(
+            check_object(&domain, pack.id, &object),
+            Err(FormatError::Malformed { what: "pack", why })
+        );
+        let (_, object, _) = PackBuilder::new(&domain).finish(&domain);
+        assert_eq!(pack::is_dense(&object), Ok(false));
+    }
+}
+
+#[test]
+fn only_packs_may_be_dense() {
+    let domain = Domain::plain();
+    let mut object = reference().encode(&domain);
+    object[12] |= 2;
+    fix_checksum(&mut object);
+    let unknown = FormatError::UnknownFlags { what: "reference", flags: 2 };
+    assert_eq!(Reference::decode(&domain, None, &object), Err(unknown));
+}
+
+#[test]
 fn a_pack_under_another_packs_name_is_refused() {
     let domain = Domain::plain();
     let (_, object, _) = pack(&domain);
