@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::commands::{du, export, gc, import, key, ls, rm, show, verify};
+use crate::commands::{du, export, gc, import, key, ls, repack, rm, show, verify};
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
 #[derive(Debug, Parser)]
@@ -70,6 +70,8 @@ pub(crate) enum Command {
     Rm(rm::RmArgs),
     /// Free what no snapshot uses any more
     Gc(gc::GcArgs),
+    /// Rewrite wasteful packs and compress them harder, without changing any snapshot
+    Repack(repack::RepackArgs),
     /// Make and look at encryption keys
     #[command(subcommand)]
     Key(key::KeyCommand),

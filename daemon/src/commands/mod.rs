@@ -6,6 +6,7 @@ pub(crate) mod gc;
 pub(crate) mod import;
 pub(crate) mod key;
 pub(crate) mod ls;
+pub(crate) mod repack;
 pub(crate) mod rm;
 pub(crate) mod show;
 pub(crate) mod verify;
@@ -27,6 +28,7 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Verify(args) => verify::run(&args, context),
         Command::Rm(args) => rm::run(&args, context),
         Command::Gc(args) => gc::run(&args, context),
+        Command::Repack(args) => repack::run(&args, context),
         Command::Key(command) => key::run(&command, context),
     }
 }

@@ -35,6 +35,8 @@ fn every_command_prints_exactly_one_document() {
         &["export", "a", "--memory", "copy"],
         &["import", "b", "--memory", "m"],
         &["rm", "b"],
+        &["repack", "--dry-run"],
+        &["repack"],
         &["gc"],
         &["gc", "--dry-run", "--grace", "0s"],
         &["key", "generate"],
@@ -222,4 +224,25 @@ fn gc_frees_what_rm_left_and_nothing_else() {
     assert!(home.objects("").len() <= before + 1, "no garbage is left: {:?}", home.objects(""));
     home.done(&["export", "a", "--memory", "copy"]);
     assert!(fs::read(home.path("copy")).unwrap() == fs::read(home.path("m")).unwrap());
+}
+
+#[test]
+fn repack_moves_pages_without_changing_any_snapshot() {
+    let home = with_snapshot();
+    home.done(&["import", "b", "--parent", "a", "--memory", "m"]);
+    let identities = |home: &Home| ["a", "b"].map(|name| home.json(&["show", name])["snapshot"].take());
+    let (before, packs) = (identities(&home), home.objects("packs"));
+    assert!(home.json(&["repack", "--dry-run"])["rewritten_packs"].as_u64().unwrap() > 0);
+    assert_eq!(home.objects("packs"), packs, "a dry run writes nothing");
+    let report = home.json(&["repack"]);
+    assert_eq!(report["moved_snapshots"], 2, "{report}");
+    home.done(&["gc", "--grace", "0s"]);
+    assert_eq!(identities(&home), before);
+    assert_eq!(home.json(&["repack"])["rewritten_packs"], 0, "what is dense is left alone");
+    fs::remove_dir_all(home.path(".cache/dormouse")).unwrap();
+    assert_eq!(home.json(&["verify"])["clean"], true);
+    for name in ["a", "b"] {
+        home.done(&["export", name, "--memory", "copy"]);
+        assert!(fs::read(home.path("copy")).unwrap() == fs::read(home.path("m")).unwrap(), "{name}");
+    }
 }

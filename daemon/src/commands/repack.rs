@@ -1,0 +1,52 @@
+//! `dormouse repack`.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use dormouse_chunkstore::{DENSE_LEVEL, RepackOptions, RepackReport};
+
+use crate::{
+    context::Context,
+    failure::{Failure, Status},
+    human,
+};
+
+#[derive(Args, Debug)]
+pub(crate) struct RepackArgs {
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// How hard to compress: 1 (fast) to 19 (dense)
+    #[arg(long, value_name = "LEVEL", default_value_t = DENSE_LEVEL,
+          value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: i32,
+}
+
+pub(crate) fn run(args: &RepackArgs, context: &Context) -> Result<Status, Failure> {
+    let options = RepackOptions { level: args.level, dry_run: args.dry_run };
+    let report = context.open_store()?.repack(options, &context.progress("repacking"))?;
+    context.print(&report, |out| print_text(out, &report))?;
+    Ok(Status::Done)
+}
+
+fn print_text(out: &mut dyn Write, report: &RepackReport) -> io::Result<()> {
+    let RepackReport { packs, rewritten_packs, rewritten_bytes, new_packs, new_bytes, .. } = report;
+    let old = human::bytes(*rewritten_bytes);
+    if report.dry_run {
+        return writeln!(out, "{rewritten_packs} of {packs} packs ({old}) would be rewritten");
+    }
+    if *rewritten_packs == 0 {
+        return writeln!(out, "nothing to do: all {packs} packs are dense and mostly in use");
+    }
+    writeln!(
+        out,
+        "rewrote {rewritten_packs} of {packs} packs, {old}, as {new_packs}, {}",
+        human::bytes(*new_bytes)
+    )?;
+    writeln!(out, "moved {} snapshots", report.moved_snapshots)?;
+    for name in &report.skipped_snapshots {
+        writeln!(out, "left as it is, since somebody else moved it meanwhile: {name}")?;
+    }
+    writeln!(out, "`dormouse gc` frees the old packs")
+}
