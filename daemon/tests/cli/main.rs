@@ -7,3 +7,4 @@ mod home;
 mod keys;
 mod real_guests;
 mod round_trip;
+mod s3;
