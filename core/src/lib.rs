@@ -18,6 +18,7 @@ pub mod page;
 pub mod reference;
 pub mod root;
 pub mod section;
+pub mod stream;
 pub mod wire;
 
 pub use content::{SectionContent, blob_content};
