@@ -128,7 +128,9 @@ impl Scene {
             // Every byte of the first of each kind is enough; the others are built alike.
             let first =
                 self.objects.iter().find(|o| o.kind == object.kind).is_some_and(|o| o.key == object.key);
-            return (0..len).step_by(if first { stride.div_ceil(500) } else { 29 }).collect();
+            return (0..len)
+                .step_by(if first { stride.div_ceil(500) } else { 29.max(stride / 40) })
+                .collect();
         }
         let (frames_end, footer) = footer_of(&self.store(), &object.key, &object.bytes);
         let mut edges = vec![0, HEADER_BYTES, frames_end, len - TRAILER_BYTES, len];

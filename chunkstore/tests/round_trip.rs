@@ -136,3 +136,30 @@ fn a_child_of_dirty_ranges_reads_only_those() {
     round_trip(&store, &machine, "b");
     assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
 }
+
+#[test]
+fn a_request_that_no_reader_could_read_back_is_refused() {
+    let store = store_in_memory();
+    let machine = Machine::new(10, 2);
+    let refused = |change: &dyn Fn(&mut dormouse_chunkstore::ImportRequest)| {
+        let mut request = machine.request("n", None);
+        change(&mut request);
+        let error = store.import(&request, &NoProgress).unwrap_err();
+        assert!(matches!(error, dormouse_chunkstore::StoreError::Usage(_)), "{error:?}");
+        assert!(store.list().unwrap().is_empty());
+    };
+    refused(&|r| r.images[1].id = r.images[0].id.clone());
+    refused(&|r| r.labels = vec![("k".into(), "1".into()), ("k".into(), "2".into())]);
+    refused(&|r| r.blobs.push(r.blobs[0].clone()));
+}
+
+#[test]
+fn an_empty_image_and_an_empty_state_survive() {
+    let store = store_in_memory();
+    let mut machine = Machine::new(4, 2);
+    machine.set_memory(&[]);
+    machine.state = Vec::new();
+    machine.import(&store, "n", None).unwrap();
+    round_trip(&store, &machine, "n");
+    assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
+}

@@ -105,6 +105,8 @@ impl Store {
             blobs: entries,
             packs: table.packs,
         };
+        // No reader would accept what fails this.
+        root.check()?;
         let (root_id, root_object) = root.encode(&self.domain);
         let root_bytes = root_object.len() as u64;
         self.put_content(&self.keys.root(root_id), root_object)?;
@@ -122,7 +124,17 @@ impl Store {
 
         let mut own: HashSet<PackId> = layout.stored.iter().map(|p| p.id).collect();
         own.extend(meta.packs());
-        let lost = self.find_lost(&own, &layout.reused, request, parent, root_id)?;
+        let lost = match self.find_lost(&own, &layout.reused, request, parent, root_id) {
+            Ok(lost) => lost,
+            Err(e) => {
+                // Not known to be whole, so not acknowledged: the name goes back to what it was, if that can be
+                // done at all, and the error that matters is the first.
+                if let Err(why) = self.take_back(request, current.as_ref(), &reference) {
+                    tracing::warn!(%why, name = %request.name, "the name could not be put back");
+                }
+                return Err(e);
+            }
+        };
         if !lost.is_empty() {
             index.forget(&lost);
             self.take_back(request, current.as_ref(), &reference)?;

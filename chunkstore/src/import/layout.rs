@@ -26,6 +26,9 @@ use crate::{
 /// Sections that may wait for their frames to be stored before the open pack is closed early: this bounds memory
 /// for images of which little is new.
 const WAITING_SECTIONS_MAX: usize = 64;
+/// Most footers of the parent's packs that an import of dirty pages reads only to share more: a page map of many
+/// generations refers to many packs, and a child is to cost what changed.
+const LEARN_BASE_PACKS_MAX: usize = 16;
 /// Level for page maps: small, written once, read at every resume.
 const MAP_LEVEL: i32 = 9;
 
@@ -87,6 +90,7 @@ pub(crate) struct Layouter<'a> {
     pub(crate) progress: &'a dyn Progress,
     table: FrameTable,
     footers: HashMap<PackId, PackFooter>,
+    learned_packs: usize,
     parent_packs: HashSet<PackId>,
     session: HashMap<ChunkId, (FrameSequence, Slot)>,
     pages: Vec<u8>,
@@ -124,6 +128,7 @@ impl<'a> Layouter<'a> {
             progress,
             table: FrameTable::default(),
             footers: HashMap::new(),
+            learned_packs: 0,
             parent_packs: HashSet::new(),
             session: HashMap::new(),
             pages: Vec::new(),
@@ -265,8 +270,12 @@ impl<'a> Layouter<'a> {
             if self.footers.contains_key(&pack.id) || (known && !wanted) {
                 continue;
             }
+            if !wanted && self.learned_packs >= LEARN_BASE_PACKS_MAX {
+                break;
+            }
             let footer = self.store.read_footer(pack)?;
             if !known {
+                self.learned_packs += 1;
                 self.index.add(pack, &footer);
             }
             self.footers.insert(pack.id, footer);

@@ -149,7 +149,8 @@ fn check(request: &ImportRequest) -> Result<()> {
         return usage("a snapshot needs at least one image: pass --memory FILE or --disk ID=FILE");
     }
     for (i, image) in request.images.iter().enumerate() {
-        if request.images[..i].iter().any(|other| other.id == image.id && other.kind == image.kind) {
+        // A memory and a disk are told apart by name as well.
+        if request.images[..i].iter().any(|other| other.id == image.id) {
             return usage(&format!("the image {} is given twice", image.id));
         }
         if image.dirty.is_some() && request.parent.is_none() {
@@ -162,6 +163,11 @@ fn check(request: &ImportRequest) -> Result<()> {
         }
     }
     use dormouse_core::limits::{BLOBS_MAX, IMAGES_MAX, LABEL_BYTES_MAX, LABELS_MAX};
+    for (i, (key, _)) in request.labels.iter().enumerate() {
+        if request.labels[..i].iter().any(|(other, _)| other == key) {
+            return usage(&format!("the label {key} is given twice"));
+        }
+    }
     let labels_fit =
         request.labels.iter().all(|(k, v)| k.len() <= LABEL_BYTES_MAX && v.len() <= LABEL_BYTES_MAX);
     if request.images.len() > IMAGES_MAX || request.blobs.len() > BLOBS_MAX {
