@@ -73,6 +73,12 @@ impl LocalBackend {
         }
     }
 
+    fn sync_directory_of(&self, key: &str) -> Result<()> {
+        let path = self.path(key);
+        let synced = File::open(path.parent().unwrap_or(&self.root)).and_then(|d| d.sync_all());
+        synced.map_err(|e| self.io_error(format!("syncing the directory of {key}"), e))
+    }
+
     /// Holds the lock until the file is dropped; the kernel lets go of it if the process dies.
     fn lock(&self) -> Result<File> {
         let path = self.path(LOCK);
@@ -95,6 +101,10 @@ fn version_of(bytes: &[u8]) -> Version {
 impl Backend for LocalBackend {
     fn url(&self) -> &str {
         &self.objects.url
+    }
+
+    fn is_local(&self) -> bool {
+        true
     }
 
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
@@ -122,7 +132,12 @@ impl Backend for LocalBackend {
     }
 
     fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome> {
-        self.objects.put_new(key, bytes)
+        let outcome = self.objects.put_new(key, bytes)?;
+        if outcome == PutOutcome::Exists {
+            // Whoever made it may not have come to this yet, and what is acknowledged here must be durable.
+            self.sync_directory_of(key)?;
+        }
+        Ok(outcome)
     }
 
     fn put_again(&self, key: &str, bytes: Bytes) -> Result<()> {
@@ -163,9 +178,7 @@ impl Backend for LocalBackend {
             }
             Err(e) => return Err(self.io_error(format!("deleting {key}"), e)),
         }
-        let dir = path.parent().unwrap_or(&self.root);
-        let synced = File::open(dir).and_then(|d| d.sync_all());
-        synced.map_err(|e| self.io_error(format!("deleting {key}"), e))
+        self.sync_directory_of(key)
     }
 
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
