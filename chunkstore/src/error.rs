@@ -29,6 +29,38 @@ pub enum StoreError {
         /// What there is.
         has: String,
     },
+    /// The store does not know this key, but others.
+    #[error(
+        "{store} has nothing that key {key} opens; the keys it knows are {known} (`dormouse key id` shows which one a \
+         key file holds)"
+    )]
+    UnknownKey {
+        /// Public identifier of the key in use.
+        key: String,
+        /// Those that the store knows.
+        known: String,
+        /// The store's URL.
+        store: String,
+    },
+    /// Nothing is stored without encryption, and no key was given.
+    #[error(
+        "everything in {store} is encrypted and no key was given; pass --key-file or set DORMOUSE_KEY_FILE (the keys \
+         it knows are {known})"
+    )]
+    KeyNeeded {
+        /// Public identifiers of keys that the store knows.
+        known: String,
+        /// The store's URL.
+        store: String,
+    },
+    /// The key was taken out of use.
+    #[error("key {key} was replaced by key {successor}; use that one")]
+    KeyRetired {
+        /// Public identifier of the key in use.
+        key: String,
+        /// Public identifier of the one that took its place.
+        successor: String,
+    },
     /// An object is missing though something refers to it.
     #[error(
         "{key} is missing from the store, though {referrer} needs it; `dormouse verify` shows whom it hurts"

@@ -110,6 +110,9 @@ impl Store {
     /// needs is not known: mend or remove that snapshot first.
     pub fn gc(&self, options: GcOptions) -> Result<GcReport> {
         let mut report = GcReport { dry_run: options.dry_run, ..Default::default() };
+        if !self.settle_known()? {
+            return Ok(report);
+        }
         if options.dry_run {
             return self.collect(options, now_unix_ms(), &mut report, &mut |_| Ok(())).map(|()| report);
         }

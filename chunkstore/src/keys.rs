@@ -2,6 +2,14 @@
 
 use dormouse_core::{Domain, DomainId, Name, PackId, RootId};
 
+/// Where keyrings are: beside the domains, since they are what tells which domain a key opens.
+pub(crate) const KEYRING_PREFIX: &str = "keys";
+
+/// The keyring of a user's key.
+pub(crate) fn keyring_key(user: DomainId) -> String {
+    format!("{KEYRING_PREFIX}/{user}")
+}
+
 /// Prefixes and keys of one domain.
 #[derive(Clone, Debug)]
 pub(crate) struct Keys {
@@ -41,6 +49,15 @@ impl Keys {
 
     pub(crate) fn reference(&self, domain: &Domain, name: &Name) -> String {
         format!("{}/refs/{}", self.domain, domain.name_key(name.as_str()))
+    }
+
+    /// The resume stream of a name: found without knowing what the name stands for.
+    pub(crate) fn stream(&self, domain: &Domain, name: &Name) -> String {
+        format!("{}/streams/{}", self.domain, domain.name_key(name.as_str()))
+    }
+
+    pub(crate) fn streams(&self) -> String {
+        format!("{}/streams", self.domain)
     }
 
     pub(crate) fn condemned_all(&self) -> String {

@@ -21,6 +21,7 @@ pub(crate) struct References {
 impl Store {
     /// What `name` stands for now, and the version to swap it by.
     pub(crate) fn reference(&self, name: &Name) -> Result<(Option<Reference>, Option<Version>)> {
+        self.settle()?;
         let key = self.keys.reference(&self.domain, name);
         let (object, version) = self.backend.get_versioned(&key)?;
         let reference = object.map(|o| {
@@ -57,6 +58,7 @@ impl Store {
 
     /// Reads all references.
     pub(crate) fn references(&self) -> Result<References> {
+        self.settle_known()?;
         let mut keys = Vec::new();
         self.backend.list(&self.keys.refs(), &mut |meta| {
             if meta.bytes > 0 {
@@ -89,12 +91,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchSnapshot`]; [`StoreError::Conflict`] if it was moved at the same moment.
     pub fn remove(&self, name: &Name) -> Result<()> {
+        self.settle()?;
         let key = self.keys.reference(&self.domain, name);
         // A damaged reference can be removed as well, so its content does not matter here.
         let (object, version) = self.backend.get_versioned(&key)?;
         if object.is_none() {
             return Err(self.no_such(name));
         }
-        self.swap_reference(name, version.as_ref(), None)
+        self.swap_reference(name, version.as_ref(), None)?;
+        // Derived from what is gone now. Should this fail, garbage collection finds it.
+        if let Err(why) = self.backend.delete(&self.keys.stream(&self.domain, name)) {
+            tracing::info!(%name, %why, "the resume stream was left behind");
+        }
+        Ok(())
     }
 }

@@ -23,12 +23,13 @@ use crate::{
     index::Index,
     meta_packs::{MetaPacks, PackTable},
     progress::Progress,
+    similar::{grouped, signature},
     snapshot::Snapshot,
     store::{Store, now_unix_ms},
 };
 
 /// The level of dense packs; see `docs/DENSITY.md`.
-pub const DENSE_LEVEL: i32 = 19;
+pub const DENSE_LEVEL: i32 = 15;
 /// Packs with less than this share of live bytes are rewritten even if they are dense.
 const LIVE_SHARE_MIN: f64 = 0.7;
 /// Level for page maps of dense snapshots.
@@ -92,6 +93,9 @@ impl Store {
     /// Moves live pages out of wasteful packs. Run [`Store::gc`] afterwards to win the room.
     pub fn repack(&self, options: RepackOptions, progress: &dyn Progress) -> Result<RepackReport> {
         let mut report = RepackReport { dry_run: options.dry_run, ..Default::default() };
+        if !self.settle_known()? {
+            return Ok(report);
+        }
         let mut lease = if options.dry_run { None } else { Some(self.take_lease()?) };
         let done = self.repack_leased(options, progress, &mut report, &mut || match &mut lease {
             Some(lease) => lease.renew(),
@@ -125,7 +129,8 @@ impl Store {
         if victims.is_empty() || options.dry_run {
             return Ok(());
         }
-        let moves = order(&snapshots, &victims)?;
+        let mut moves = order(&snapshots, &victims)?;
+        self.group_similar(&mut moves)?;
         progress.begin((moves.order.len() * dormouse_core::PAGE_BYTES) as u64);
         let places = self.move_pages(&victims, &moves, options.level, progress, report)?;
         renew()?;
@@ -147,7 +152,7 @@ impl Store {
             renew()?;
             self.move_root(snapshot, maps, &meta, report)?;
         }
-        let index = Index::open(self.cache_dir.as_deref());
+        let index = Index::open(self.cache_dir());
         index.forget(&victims.keys().copied().collect());
         Ok(())
     }
@@ -185,6 +190,21 @@ impl Store {
             }
         }
         Ok(victims)
+    }
+
+    /// Puts similar pages next to each other.
+    fn group_similar(&self, moves: &mut Moves) -> Result<()> {
+        let mut signatures = Vec::with_capacity(moves.order.len());
+        for (pack, frame, slot) in &moves.order {
+            let decoded = self.frames.get((pack.id, frame.offset), || self.read_frame(pack.id, frame))?;
+            let page = decoded.pages(*slot, 1);
+            signatures.push(signature(page.ok_or(StoreError::Bug("a page map refers past the end of a frame"))?));
+        }
+        moves.order = grouped(&signatures).into_iter().map(|page| moves.order[page]).collect();
+        for (number, (pack, frame, slot)) in moves.order.iter().enumerate() {
+            moves.numbers.insert((pack.id, frame.offset, slot.get() as u8), number);
+        }
+        Ok(())
     }
 
     /// Compresses and stores the pages anew; gives the place of each.

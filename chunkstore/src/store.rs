@@ -16,14 +16,14 @@ use crate::{
     backend::{Backend, PutOutcome, open_url},
     error::{Result, StoreError},
     frame_cache::FrameCache,
-    keys::Keys,
+    keyring::{Access, TheDomain, TheKeys},
     snapshot::Snapshot,
 };
 
 /// How a store is opened.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
-    /// The key of the domain to work in; `None` for the domain without encryption.
+    /// The user's key, which the domain's own is wrapped under; `None` for the domain without encryption.
     pub key: Option<DomainKey>,
     /// Where this host keeps its dedup index; `None` to keep it in memory only. All of it can be deleted.
     pub cache_dir: Option<PathBuf>,
@@ -41,30 +41,40 @@ impl Default for StoreOptions {
 #[derive(Clone, Debug)]
 pub struct Store {
     pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) domain: Arc<Domain>,
-    pub(crate) keys: Keys,
+    pub(crate) domain: TheDomain,
+    pub(crate) keys: TheKeys,
     pub(crate) frames: Arc<FrameCache>,
-    pub(crate) cache_dir: Option<PathBuf>,
 }
 
 impl Store {
-    /// Opens the store at `url`. Nothing is read or written yet, but a local directory is made.
+    /// Opens the store at `url`. Nothing is written yet, but a local directory is made. With
+    /// a key its keyring is read; without one, nothing.
     ///
     /// # Errors
-    /// A URL that is none, or a directory that cannot be made.
+    /// A URL that is none, or a directory that cannot be made; a keyring that is damaged or cannot be read, or a key
+    /// that was taken out of use. A key that the store does not know is not one: an import may be what comes next.
     pub fn open(url: &str, options: StoreOptions) -> Result<Self> {
-        Ok(Self::with_backend(open_url(url)?, options))
+        let store = Self::unsettled(open_url(url)?, options);
+        store.settle()?;
+        Ok(store)
     }
 
-    /// A store on a backend that is open already.
+    /// A store on a backend that is open already. As [`Store::open`], but what is wrong with the keyring is told by the
+    /// first operation.
     pub fn with_backend(backend: Arc<dyn Backend>, options: StoreOptions) -> Self {
-        let domain = options.key.as_ref().map_or_else(Domain::plain, Domain::encrypted);
-        let keys = Keys::new(&domain);
-        // Different stores and domains must not share an index.
+        let store = Self::unsettled(backend, options);
+        if let Err(why) = store.settle() {
+            tracing::debug!(%why, "the keyring will be asked for again");
+        }
+        store
+    }
+
+    fn unsettled(backend: Arc<dyn Backend>, options: StoreOptions) -> Self {
+        // Different stores must not share an index; different domains do not, either.
         let place = blake3::hash(backend.url().as_bytes()).to_hex();
-        let cache_dir = options.cache_dir.map(|d| d.join(&place[..16]).join(keys.domain_prefix()));
+        let access = Access::new(options.key, options.cache_dir.map(|d| d.join(&place[..16])));
         let frames = Arc::new(FrameCache::new(options.frame_cache_bytes));
-        Store { backend, domain: Arc::new(domain), keys, frames, cache_dir }
+        Store { backend, domain: TheDomain(access.clone()), keys: TheKeys(access), frames }
     }
 
     /// The store's URL.
@@ -85,7 +95,16 @@ impl Store {
         Ok(Snapshot::new(self.clone(), reference, root))
     }
 
+    /// Where this host caches the domain.
+    pub(crate) fn cache_dir(&self) -> Option<&std::path::Path> {
+        self.domain.0.cache_dir()
+    }
+
     pub(crate) fn no_such(&self, name: &Name) -> StoreError {
+        // There may be a better reason than that the name is wrong.
+        if let Err(why) = self.settle_known().and_then(|_| self.hint_at_key()) {
+            return why;
+        }
         StoreError::NoSuchSnapshot { name: name.to_string(), store: self.url().to_owned() }
     }
 

@@ -160,7 +160,11 @@ impl Store {
     /// All snapshots, by name. Damaged ones are left out; `verify` names them.
     pub fn list(&self) -> Result<Vec<SnapshotSummary>> {
         let mut all = Vec::new();
-        for reference in self.references()?.good {
+        let references = self.references()?;
+        if references.good.is_empty() && references.bad.is_empty() {
+            self.hint_at_key()?;
+        }
+        for reference in references.good {
             match self.read_root(reference.root, Some(&reference.name)) {
                 Ok(root) => all.push(SnapshotSummary::of(&reference, &root)),
                 Err(e) if e.is_retryable() => return Err(e),
@@ -173,6 +177,8 @@ impl Store {
     /// What is stored and for whom.
     pub fn usage(&self) -> Result<UsageReport> {
         let mut report = UsageReport::default();
+        // The listing below is of the domain.
+        self.settle_known()?;
         let mut references_bytes = 0;
         let refs = self.keys.refs() + "/";
         self.backend.list(self.keys.domain_prefix(), &mut |meta| {

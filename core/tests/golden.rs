@@ -72,6 +72,15 @@ fn all() -> Vec<Golden> {
         }),
         golden("v1-root-raw.bin".into(), root().to_raw(), |file| assert_eq!(Root::parse(file), Ok(root()))),
     ];
+    let rings = [
+        ("wrapped", Keyring::Wrapped(other_key())),
+        ("retired", Keyring::Retired { successor: other_key().id() }),
+    ];
+    for (what, ring) in rings {
+        all.push(golden(format!("v1-keyring-{what}.bin"), ring.encode(&key()), move |file| {
+            assert_eq!(format!("{:?}", Keyring::decode(&key(), file).unwrap()), format!("{ring:?}"));
+        }));
+    }
     for domain in domains() {
         let named = |what: &str, ending: &str| format!("v1-{what}-{}.{ending}", name_of(&domain));
         all.push(golden(named("identities", "txt"), identities(&domain).into_bytes(), |_| ()));

@@ -202,6 +202,10 @@ impl Backend for FaultyBackend {
         self.inner.url()
     }
 
+    fn is_local(&self) -> bool {
+        self.inner.is_local()
+    }
+
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
         add(&self.counts.gets, 1);
         let fault = self.fault("get", key)?;

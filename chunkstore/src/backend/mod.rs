@@ -48,6 +48,11 @@ pub trait Backend: Send + Sync + Debug {
     /// The store's URL, for messages.
     fn url(&self) -> &str;
 
+    /// Whether reading costs no round trip: then nothing is fetched ahead.
+    fn is_local(&self) -> bool {
+        false
+    }
+
     /// The object's bytes, or those in `range`; `None` if there is no such object. A range that reaches past the
     /// end gives what there is.
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>>;

@@ -45,7 +45,8 @@ impl Store {
     /// See [`StoreError`]; [`StoreError::Usage`] where the request contradicts itself.
     pub fn import(&self, request: &ImportRequest, progress: &dyn Progress) -> Result<ImportReport> {
         check(request)?;
-        let index = Index::open(self.cache_dir.as_deref());
+        self.found()?;
+        let index = Index::open(self.cache_dir());
         let mut races = 0;
         loop {
             match self.import_once(request, &index, Packing::of_attempt(races), progress) {

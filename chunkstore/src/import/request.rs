@@ -6,7 +6,7 @@ use dormouse_core::{ImageId, ImageKind, Name, SnapshotId};
 use serde::Serialize;
 
 /// The compression level of fresh frames; see `docs/DENSITY.md` for what each level buys.
-pub const DEFAULT_LEVEL: i32 = 3;
+pub const DEFAULT_LEVEL: i32 = 6;
 
 /// Which pages of an image file differ from the parent.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,181 @@
+//! Building a stream from a snapshot and the pages its machine is known to touch first.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use dormouse_core::{
+    PAGE_BYTES, PageIndex,
+    frame::EncodedFrame,
+    limits::BLOB_PIECE_BYTES,
+    stream::{STREAM_FRAME_PAGES_MAX, StreamBlob, StreamBuilder, StreamPart},
+};
+use serde::Serialize;
+
+use crate::{
+    error::{Result, StoreError},
+    snapshot::{Image, Pages, Snapshot},
+    store::Store,
+};
+
+/// Decoding is what a warm resume waits for, and all levels decode alike; this one compresses fast.
+const LEVEL: i32 = 3;
+/// First touches are ordered coarsely: between clones the set of pages is stable and their fine order is not, and
+/// long runs install faster. Within this many pages of the order, pages are sorted by their place.
+const ORDER_PAGES: u64 = 2048;
+
+/// Pages touched one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TouchedRun {
+    /// Index into the root's images.
+    pub image: u32,
+    /// Which pages.
+    pub pages: Range<u64>,
+}
+
+/// What a stream holds.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct StreamReport {
+    /// Pages in it.
+    pub pages: u64,
+    /// Bytes of those pages.
+    pub raw_bytes: u64,
+    /// Bytes of the object.
+    pub stored_bytes: u64,
+    /// Frames in it.
+    pub frames: u64,
+}
+
+impl Store {
+    /// Makes the resume stream of a snapshot, in place of the one it has. `touched` is in the order of first touch;
+    /// pages outside an image are left out.
+    pub fn build_stream(&self, snapshot: &Snapshot, touched: &[TouchedRun]) -> Result<StreamReport> {
+        let reference = snapshot.reference();
+        let root = snapshot.root();
+        let key = self.keys.root(reference.root);
+        let root_object = self
+            .backend
+            .get(&key, None)?
+            .ok_or_else(|| StoreError::Missing { key, referrer: format!("snapshot {}", reference.name) })?;
+        let blobs =
+            root.blobs.iter().map(|b| StreamBlob { id: b.id.clone(), bytes: b.bytes, content: b.content });
+        let mut builder =
+            StreamBuilder::new(reference.snapshot, reference.root, root_object.to_vec(), blobs.collect());
+        for (i, blob) in root.blobs.iter().enumerate() {
+            for piece in snapshot.read_blob(blob.id.as_str())?.chunks(BLOB_PIECE_BYTES) {
+                let frame = EncodedFrame::encode(&self.domain, piece, LEVEL);
+                builder.push(&StreamPart::State { blob: i as u32 }, &frame);
+            }
+        }
+        let images: Vec<Image> = snapshot.images().collect();
+        let mut report = StreamReport { frames: root.blobs.len() as u64, ..Default::default() };
+        for (image, runs) in frames_of(&coalesce(touched, &images)) {
+            let mut raw = Vec::with_capacity(STREAM_FRAME_PAGES_MAX * PAGE_BYTES);
+            for run in &runs {
+                read_pages(&images[image as usize], run.clone(), &mut raw)?;
+            }
+            report.pages += (raw.len() / PAGE_BYTES) as u64;
+            report.frames += 1;
+            let frame = EncodedFrame::encode(&self.domain, &raw, LEVEL);
+            builder.push(&StreamPart::Pages { image, runs }, &frame);
+        }
+        let object = builder.finish(&self.domain);
+        report.raw_bytes = report.pages * PAGE_BYTES as u64;
+        report.stored_bytes = object.len() as u64;
+        self.backend.put_again(&self.keys.stream(&self.domain, &reference.name), Bytes::from(object))?;
+        Ok(report)
+    }
+}
+
+/// Each page once, in coarse order of first touch, as runs.
+fn coalesce(touched: &[TouchedRun], images: &[Image]) -> Vec<TouchedRun> {
+    let mut seen: Vec<std::collections::HashSet<u64>> = images.iter().map(|_| Default::default()).collect();
+    let mut runs: Vec<TouchedRun> = Vec::new();
+    let mut window: Vec<(u32, u64)> = Vec::new();
+    let mut close = |window: &mut Vec<(u32, u64)>| {
+        window.sort_unstable();
+        for (image, page) in window.drain(..) {
+            match runs.last_mut() {
+                Some(last) if last.image == image && last.pages.end == page => last.pages.end += 1,
+                _ => runs.push(TouchedRun { image, pages: page..page + 1 }),
+            }
+        }
+    };
+    for run in touched {
+        let (Some(image), Some(seen)) = (images.get(run.image as usize), seen.get_mut(run.image as usize))
+        else {
+            continue;
+        };
+        for page in run.pages.start..run.pages.end.min(image.pages().0) {
+            if seen.insert(page) {
+                window.push((run.image, page));
+                if window.len() as u64 == ORDER_PAGES {
+                    close(&mut window);
+                }
+            }
+        }
+    }
+    close(&mut window);
+    runs
+}
+
+/// Cuts runs into frames of one image and at most 64 pages each.
+fn frames_of(runs: &[TouchedRun]) -> Vec<(u32, Vec<Range<u64>>)> {
+    let mut frames: Vec<(u32, Vec<Range<u64>>)> = Vec::new();
+    let mut left = 0;
+    for run in runs {
+        let mut pages = run.pages.clone();
+        while pages.start < pages.end {
+            if left == 0 || frames.last().is_none_or(|(image, _)| *image != run.image) {
+                frames.push((run.image, Vec::new()));
+                left = STREAM_FRAME_PAGES_MAX as u64;
+            }
+            let take = left.min(pages.end - pages.start);
+            if let Some((_, runs)) = frames.last_mut() {
+                runs.push(pages.start..pages.start + take);
+            }
+            pages.start += take;
+            left -= take;
+        }
+    }
+    frames
+}
+
+fn read_pages(image: &Image, pages: Range<u64>, raw: &mut Vec<u8>) -> Result<()> {
+    let mut page = pages.start;
+    while page < pages.end {
+        let left = pages.end - page;
+        page += match image.locate(PageIndex(page))? {
+            Pages::Zero { pages } => {
+                let pages = pages.min(left);
+                raw.resize(raw.len() + pages as usize * PAGE_BYTES, 0);
+                pages
+            }
+            Pages::Stored { at, slot, pages } => {
+                let pages = pages.min(left);
+                let frame = image.frame(&at)?;
+                let bytes = frame.pages(slot, pages as usize);
+                raw.extend_from_slice(
+                    bytes.ok_or(StoreError::Bug("a page map refers past the end of a frame"))?,
+                );
+                pages
+            }
+        };
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_cut_at_frames_and_at_images() {
+        let runs = [
+            TouchedRun { image: 0, pages: 0..100 },
+            TouchedRun { image: 0, pages: 200..210 },
+            TouchedRun { image: 1, pages: 5..6 },
+        ];
+        let frames = frames_of(&runs);
+        assert_eq!(frames, [(0, vec![0..64]), (0, vec![64..100, 200..210]), (1, vec![5..6])]);
+    }
+}

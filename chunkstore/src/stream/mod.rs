@@ -1,0 +1,10 @@
+//! Resume streams: building them, and reading them as they arrive.
+
+mod build;
+mod fetch;
+mod read;
+
+pub use self::{
+    build::{StreamReport, TouchedRun},
+    read::{HotRun, HotStream, InstallRun, Resume, ResumeStream},
+};

@@ -1,0 +1,245 @@
+//! Reading a stream: what a resume begins with.
+
+use std::{
+    ops::Range,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+use bytes::Bytes;
+use dormouse_core::{
+    FormatError, Name, PAGE_BYTES, PageIndex, Reference, Root,
+    content::blob_content,
+    stream::{PREFIX_BYTES, StreamFrame, StreamHead, StreamPart},
+};
+
+use super::fetch::Fetcher;
+use crate::{
+    error::{Result, StoreError},
+    snapshot::Snapshot,
+    store::Store,
+};
+
+/// Bytes read first of a stream on this host: enough for the head of most.
+const LOCAL_FIRST_BYTES: u64 = 128 << 10;
+
+/// A snapshot opened to be resumed, with its stream if it has one that is current.
+#[derive(Debug)]
+pub struct Resume {
+    /// The snapshot.
+    pub snapshot: Snapshot,
+    /// Its first pages and device state.
+    pub stream: Option<ResumeStream>,
+}
+
+/// A stream being read.
+#[derive(Debug)]
+pub struct ResumeStream {
+    store: Store,
+    key: String,
+    head: StreamHead,
+    fetcher: Option<Arc<Fetcher>>,
+}
+
+impl Drop for ResumeStream {
+    fn drop(&mut self) {
+        self.fetcher.iter().for_each(|f| f.stop());
+    }
+}
+
+impl Store {
+    /// Opens a snapshot to be resumed: reference and stream are asked for at the same time, and the stream brings the
+    /// root. Without a stream, or with one that is damaged or of another snapshot, the root is read by itself.
+    pub fn open_resume(&self, name: &Name) -> Result<Resume> {
+        let key = self.keys.stream(&self.domain, name);
+        let fetcher = (!self.backend.is_local()).then(|| Fetcher::start(self.backend.clone(), key.clone()));
+        let opened = self.open_with(name, &key, fetcher.clone());
+        if !matches!(&opened, Ok(Resume { stream: Some(_), .. })) {
+            fetcher.iter().for_each(|f| f.stop());
+        }
+        opened
+    }
+
+    fn open_with(&self, name: &Name, key: &str, fetcher: Option<Arc<Fetcher>>) -> Result<Resume> {
+        let reference = self.reference(name)?.0.ok_or_else(|| self.no_such(name))?;
+        let head = match self.stream_head(key, fetcher.as_deref()) {
+            Ok(head) => head.filter(|h| h.snapshot == reference.snapshot),
+            Err(why) => {
+                tracing::warn!(%name, %why, "the resume stream is not usable; resuming without it");
+                None
+            }
+        };
+        let root = match head.as_ref().and_then(|head| self.root_of(head, &reference)) {
+            Some(root) => root,
+            None => self.read_root(reference.root, Some(name))?,
+        };
+        let snapshot = Snapshot::new(self.clone(), reference, root);
+        let stream =
+            head.map(|head| ResumeStream { store: self.clone(), key: key.to_owned(), head, fetcher });
+        Ok(Resume { snapshot, stream })
+    }
+
+    /// The root that a stream carries, if it is the one the reference is at. Its name is the hash of its bytes, so
+    /// the reference vouches for it.
+    fn root_of(&self, head: &StreamHead, reference: &Reference) -> Option<Root> {
+        if head.root != reference.root {
+            return None;
+        }
+        Root::decode(&self.domain, reference.root, &head.root_object).ok()
+    }
+
+    fn stream_head(&self, key: &str, fetcher: Option<&Fetcher>) -> Result<Option<StreamHead>> {
+        let damaged = |why| StoreError::Damaged { key: key.to_owned(), why };
+        let read = |range: Range<u64>| match fetcher {
+            Some(fetcher) => match fetcher.bytes(range) {
+                Err(StoreError::Missing { .. }) => Ok(None),
+                other => other.map(Some),
+            },
+            None => self.backend.get(key, Some(range)),
+        };
+        let Some(mut start) = read(0..LOCAL_FIRST_BYTES)? else { return Ok(None) };
+        let prefix =
+            start.get(..PREFIX_BYTES).ok_or_else(|| damaged(FormatError::Truncated("resume stream")))?;
+        let end = StreamHead::end(prefix).map_err(damaged)? as u64;
+        if end > start.len() as u64 {
+            let Some(whole) = read(0..end)? else { return Ok(None) };
+            start = whole;
+        }
+        let head = StreamHead::decode(&self.domain, &start).map_err(damaged)?;
+        if let Some(fetcher) = fetcher {
+            fetcher.set_total(head.object_bytes(end));
+        }
+        Ok(Some(head))
+    }
+}
+
+/// Takes decoded pages: image, first page, bytes. Called from several threads.
+pub type InstallRun<'a> = dyn Fn(u32, PageIndex, &[u8]) -> Result<()> + Sync + 'a;
+
+/// Consecutive pages, decoded.
+#[derive(Clone, Debug)]
+pub struct HotRun {
+    /// Index into the root's images.
+    pub image: u32,
+    /// The first page.
+    pub first: PageIndex,
+    /// Their bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// A stream decoded and kept in memory: the hot tier.
+#[derive(Clone, Debug, Default)]
+pub struct HotStream {
+    /// Runs in the order of the stream, merged where they are consecutive.
+    pub runs: Vec<HotRun>,
+}
+
+impl ResumeStream {
+    /// What is in it.
+    pub fn head(&self) -> &StreamHead {
+        &self.head
+    }
+
+    /// Bytes of the whole object.
+    pub fn stored_bytes(&self) -> u64 {
+        self.head.object_bytes(PREFIX_BYTES as u64)
+    }
+
+    fn stored(&self, frame: &StreamFrame) -> Result<Bytes> {
+        let range = frame.at.range();
+        match &self.fetcher {
+            Some(fetcher) => fetcher.bytes(range),
+            None => self
+                .store
+                .backend
+                .get(&self.key, Some(range))?
+                .ok_or_else(|| StoreError::Missing { key: self.key.clone(), referrer: "a resume".into() }),
+        }
+    }
+
+    fn decode(&self, frame: &StreamFrame, raw: &mut Vec<u8>) -> Result<()> {
+        let stored = self.stored(frame)?;
+        let decoded = frame.at.decode_into(&self.store.domain, &stored, raw);
+        decoded.map_err(|why| StoreError::Damaged { key: self.key.clone(), why })
+    }
+
+    /// The device-state blob called `id`, verified; `None` if the stream has none of that name.
+    pub fn state(&self, id: &str) -> Result<Option<Vec<u8>>> {
+        let Some(index) = self.head.blobs.iter().position(|b| b.id.as_str() == id) else { return Ok(None) };
+        let (mut bytes, mut piece) = (Vec::new(), Vec::new());
+        for frame in &self.head.frames {
+            if frame.part == (StreamPart::State { blob: index as u32 }) {
+                self.decode(frame, &mut piece)?;
+                bytes.extend_from_slice(&piece);
+            }
+        }
+        if blob_content(&self.store.domain, &bytes) != self.head.blobs[index].content {
+            let why = FormatError::HashMismatch("device state");
+            return Err(StoreError::Damaged { key: self.key.clone(), why });
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Decodes all frames of pages on `workers` threads, in order, and hands each run to `install` as (image, first
+    /// page, bytes). Ends with the first error of either side.
+    pub fn for_each_run(&self, workers: usize, install: &InstallRun<'_>) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        let failed = Mutex::new(None);
+        let work = || {
+            let mut raw = Vec::new();
+            while let Some(frame) = self.head.frames.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let StreamPart::Pages { image, runs } = &frame.part else { continue };
+                let done = self.decode(frame, &mut raw).and_then(|()| {
+                    let mut at = 0;
+                    for run in runs {
+                        let bytes = (run.end - run.start) as usize * PAGE_BYTES;
+                        install(*image, PageIndex(run.start), &raw[at..at + bytes])?;
+                        at += bytes;
+                    }
+                    Ok(())
+                });
+                if let Err(error) = done {
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    next.store(usize::MAX / 2, Ordering::Relaxed);
+                    return;
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..workers.max(1) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    /// Decodes the whole stream into memory.
+    pub fn decode_all(&self, workers: usize) -> Result<HotStream> {
+        let runs = Mutex::new(Vec::new());
+        self.for_each_run(workers, &|image, first, bytes| {
+            let run = HotRun { image, first, bytes: bytes.to_vec() };
+            runs.lock().unwrap_or_else(PoisonError::into_inner).push(run);
+            Ok(())
+        })?;
+        let mut runs = runs.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // In memory nothing is gained by the order of first touch, and long runs install faster.
+        runs.sort_by_key(|r| (r.image, r.first));
+        let mut merged: Vec<HotRun> = Vec::new();
+        for run in runs {
+            match merged.last_mut() {
+                Some(last)
+                    if last.image == run.image
+                        && last.first.0 + (last.bytes.len() / PAGE_BYTES) as u64 == run.first.0 =>
+                {
+                    last.bytes.extend_from_slice(&run.bytes);
+                }
+                _ => merged.push(run),
+            }
+        }
+        Ok(HotStream { runs: merged })
+    }
+}

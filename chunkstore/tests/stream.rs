@@ -1,0 +1,145 @@
+//! Resume streams: right, current, optional, and one round trip.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::{Arc, Mutex, atomic::Ordering};
+
+use common::{Machine, store_in};
+use dormouse_chunkstore::{
+    NoProgress, Resume, Store, StoreOptions, TouchedRun,
+    backend::{faulty::FaultyBackend, open_url},
+};
+use dormouse_core::{ImageKind, Name};
+
+fn name(n: &str) -> Name {
+    Name::new(n).unwrap()
+}
+
+fn touched(pages: &[std::ops::Range<u64>]) -> Vec<TouchedRun> {
+    pages.iter().map(|pages| TouchedRun { image: 0, pages: pages.clone() }).collect()
+}
+
+/// The pages a stream brings, checked against the machine's memory file.
+fn streamed_pages(resume: &Resume, machine: &Machine) -> Vec<u64> {
+    let memory = std::fs::read(machine.path("memory")).unwrap();
+    let pages = Mutex::new(Vec::new());
+    let install = |image: u32, first: dormouse_core::PageIndex, bytes: &[u8]| {
+        assert_eq!(image, 0);
+        let at = first.byte_offset() as usize;
+        assert!(bytes == &memory[at..at + bytes.len()], "pages from {} on", first.0);
+        pages.lock().unwrap().extend((0..bytes.len() / 4096).map(|i| first.0 + i as u64));
+        Ok(())
+    };
+    resume.stream.as_ref().unwrap().for_each_run(3, &install).unwrap();
+    let mut pages = pages.into_inner().unwrap();
+    pages.sort_unstable();
+    pages
+}
+
+#[test]
+fn a_stream_brings_state_and_first_pages_in_both_kinds_of_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = Store::open("memory://", StoreOptions::default()).unwrap();
+    for store in [store_in(dir.path()), common::encrypted_store_in(dir.path(), 5), memory] {
+        let machine = Machine::new(600, 10);
+        machine.import(&store, "m", None).unwrap();
+        let snapshot = store.open_snapshot(&name("m")).unwrap();
+        let set = touched(&[500..620, 0..70, 510..515, 300..301]);
+        let report = store.build_stream(&snapshot, &set).unwrap();
+        assert_eq!(report.pages, 120 + 70 + 1, "each page once");
+        let resume = store.open_resume(&name("m")).unwrap();
+        let want: Vec<u64> = (0..70).chain([300]).chain(500..620).collect();
+        assert_eq!(streamed_pages(&resume, &machine), want);
+        let stream = resume.stream.as_ref().unwrap();
+        assert_eq!(stream.state("vmstate").unwrap().unwrap(), machine.state);
+        assert_eq!(stream.state("other").unwrap(), None);
+        let hot = stream.decode_all(2).unwrap();
+        assert_eq!(hot.runs.iter().map(|r| r.bytes.len() / 4096).sum::<usize>(), 191);
+        assert_eq!(hot.runs.len(), 3);
+    }
+}
+
+#[test]
+fn a_stream_of_an_older_snapshot_is_not_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let mut machine = Machine::new(100, 10);
+    machine.import(&store, "m", None).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..50])).unwrap();
+    machine.change(1, 20);
+    machine.import(&store, "m", Some("m")).unwrap();
+    let resume = store.open_resume(&name("m")).unwrap();
+    assert!(resume.stream.is_none());
+    assert_eq!(resume.snapshot.read_blob("vmstate").unwrap(), machine.state);
+}
+
+#[test]
+fn a_stream_survives_repacking() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let machine = Machine::new(100, 10);
+    machine.import(&store, "m", None).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..50])).unwrap();
+    store.repack(Default::default(), &NoProgress).unwrap();
+    let gc = dormouse_chunkstore::GcOptions { grace: std::time::Duration::ZERO, ..Default::default() };
+    store.gc(gc).unwrap();
+    let resume = store.open_resume(&name("m")).unwrap();
+    assert_eq!(streamed_pages(&resume, &machine).len(), 50);
+    assert!(resume.snapshot.image(ImageKind::Memory, "memory").is_ok());
+}
+
+#[test]
+fn a_damaged_stream_costs_time_and_never_a_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let machine = Machine::new(100, 10);
+    machine.import(&store, "m", None).unwrap();
+    let file = dir.path().join("store/plain/streams/m");
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..80])).unwrap();
+    let good = std::fs::read(&file).unwrap();
+    for at in (0..good.len()).step_by(97) {
+        let mut damaged = good.clone();
+        damaged[at] ^= 0x10;
+        std::fs::write(&file, damaged).unwrap();
+        let resume = store.open_resume(&name("m")).unwrap();
+        if let Some(stream) = &resume.stream {
+            let memory = std::fs::read(machine.path("memory")).unwrap();
+            let checked = stream.for_each_run(1, &|_, first, bytes| {
+                let at = first.byte_offset() as usize;
+                assert!(bytes == &memory[at..at + bytes.len()], "a wrong page");
+                Ok(())
+            });
+            let state = stream.state("vmstate");
+            assert!(checked.is_err() || state.is_err(), "the damage at {at} was not noticed");
+        }
+        assert_eq!(resume.snapshot.read_blob("vmstate").unwrap(), machine.state);
+    }
+}
+
+#[test]
+fn a_cold_resume_asks_for_reference_and_stream_only() {
+    let counting = Arc::new(FaultyBackend::counting(open_url("memory://").unwrap()));
+    let store = Store::with_backend(counting.clone(), StoreOptions::default());
+    let machine = Machine::new(600, 10);
+    machine.import(&store, "m", None).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..500])).unwrap();
+    let cold = Store::with_backend(counting.clone(), StoreOptions::default());
+    let before = counting.counts().gets.load(Ordering::SeqCst);
+    let resume = cold.open_resume(&name("m")).unwrap();
+    assert_eq!(streamed_pages(&resume, &machine).len(), 500);
+    drop(resume);
+    let gets = counting.counts().gets.load(Ordering::SeqCst) - before;
+    // The reference, and at most one request for each of the pieces that go out before the size is known.
+    assert!((2..=9).contains(&gets), "{gets} requests");
+}
+
+#[test]
+fn removing_a_snapshot_removes_its_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    Machine::new(20, 5).import(&store, "m", None).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..5])).unwrap();
+    store.remove(&name("m")).unwrap();
+    assert!(!dir.path().join("store/plain/streams/m").exists());
+}
