@@ -118,7 +118,10 @@ fn keys_of_two_domains_are_not_mixed_up() {
     machine.remember().check(&fresh(&backend, Some(1)), "a").unwrap();
     let same = fresh(&backend, Some(1)).rotate_key(&key(1), true).unwrap_err();
     assert!(matches!(same, StoreError::Usage(_)), "{same}");
-    assert!(matches!(fresh(&backend, Some(9)).rotate_key(&key(8), false), Err(StoreError::UnknownKey { .. })));
+    assert!(matches!(
+        fresh(&backend, Some(9)).rotate_key(&key(8), false),
+        Err(StoreError::UnknownKey { .. })
+    ));
     assert!(matches!(fresh(&backend, None).rotate_key(&key(8), false), Err(StoreError::Usage(_))));
 }
 
@@ -252,7 +255,8 @@ fn two_domains_share_nothing_and_learn_nothing_of_each_other() {
     let bodies = |store: &Store| -> BTreeSet<Vec<u8>> {
         let prefix = format!("{}/", store.domain().id());
         let mine = all.iter().filter(|(k, _)| k.starts_with(&prefix));
-        mine.flat_map(|(_, bytes)| bytes[32..].chunks_exact(64).map(<[u8]>::to_vec).collect::<Vec<_>>()).collect()
+        mine.flat_map(|(_, bytes)| bytes[32..].chunks_exact(64).map(<[u8]>::to_vec).collect::<Vec<_>>())
+            .collect()
     };
     assert!(bodies(&one).is_disjoint(&bodies(&two)));
     // And neither key opens the other's keyring, wherever it is put.

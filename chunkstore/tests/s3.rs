@@ -24,7 +24,7 @@ use bytes::Bytes;
 use common::{Machine, fresh, objects};
 use dormouse_chunkstore::{
     NoProgress, Store, StoreError, StoreOptions, VerifyDepth,
-    backend::{Backend, PutOutcome, faulty::FaultyBackend, open_url},
+    backend::{PutOutcome, faulty::FaultyBackend, open_url},
 };
 use dormouse_core::Name;
 
