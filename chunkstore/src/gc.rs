@@ -172,9 +172,11 @@ impl Store {
                 }
             }
         }
+        let mut names = seen.clone();
         if !options.dry_run {
-            self.mark(&seen, &mut live)?;
+            names.extend(self.mark(&seen, &mut live)?);
         }
+        self.collect_streams(&names, options.dry_run, report)?;
         for (n, meta) in doomed.into_iter().enumerate() {
             before_delete(n)?;
             if live.contains(last(&meta.key)) {
@@ -196,6 +198,30 @@ impl Store {
                 if !options.dry_run {
                     self.backend.delete(&mark.key)?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes resume streams of names that are gone. Streams are derived, so this needs neither grace nor care.
+    fn collect_streams(
+        &self,
+        names: &HashMap<String, RootId>,
+        dry_run: bool,
+        report: &mut GcReport,
+    ) -> Result<()> {
+        let kept: HashSet<String> = names.keys().map(|name| self.domain.name_key(name)).collect();
+        let mut orphans = Vec::new();
+        self.backend.list(&self.keys.streams(), &mut |meta| {
+            if !kept.contains(last(&meta.key)) {
+                orphans.push(meta);
+            }
+        })?;
+        for orphan in orphans {
+            report.deleted_objects += 1;
+            report.deleted_bytes += orphan.bytes;
+            if !dry_run {
+                self.backend.delete(&orphan.key)?;
             }
         }
         Ok(())

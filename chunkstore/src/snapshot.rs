@@ -132,7 +132,10 @@ impl Snapshot {
             return Ok(Some(section));
         }
         // No lock is held over the read; two threads may read the same section once each, and the first stays.
-        let section = Arc::new(self.store.read_section(&root.packs[entry.at.pack as usize], &entry.at)?);
+        let pack = &root.packs[entry.at.pack as usize];
+        let section = Arc::new(self.store.read_section(pack, &entry.at)?);
+        let checked = root.images[image].check_section(index, &section);
+        checked.map_err(|why| StoreError::Damaged { key: self.store.keys.pack(pack.id), why })?;
         let mut sections = self.inner.sections.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Some(sections.entry((image, index)).or_insert(section).clone()))
     }

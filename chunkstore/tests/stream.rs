@@ -143,3 +143,20 @@ fn removing_a_snapshot_removes_its_stream() {
     store.remove(&name("m")).unwrap();
     assert!(!dir.path().join("store/plain/streams/m").exists());
 }
+
+#[test]
+fn garbage_collection_takes_a_stream_whose_name_is_gone_and_leaves_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let machine = Machine::new(20, 5);
+    for n in ["kept", "gone"] {
+        machine.import(&store, n, None).unwrap();
+        store.build_stream(&store.open_snapshot(&name(n)).unwrap(), &touched(&[0..5])).unwrap();
+    }
+    // As if the process had died between the two deletions.
+    std::fs::remove_file(dir.path().join("store/plain/refs/gone")).unwrap();
+    store.gc(Default::default()).unwrap();
+    let left = std::fs::read_dir(dir.path().join("store/plain/streams")).unwrap();
+    let left: Vec<_> = left.map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["kept"]);
+}

@@ -85,14 +85,21 @@ impl ImageEntry {
             return Ok(None);
         };
         let section = Section::decode(&entry.at.decode(domain, stored)?)?;
+        self.check_section(index, &section)?;
+        Ok(Some(section))
+    }
+
+    /// Checks that a decoded section is the one this image has at `index`, as far as its root can tell.
+    pub fn check_section(&self, index: SectionIndex, section: &Section) -> Result<(), FormatError> {
+        let stored =
+            self.sections.get(index.0 as usize).and_then(Option::as_ref).map_or(0, |e| e.stored_pages);
         let pages = index.pages(self.pages());
-        if section.end_page() as u64 > pages.end - pages.start
-            || section.stored_pages() != u64::from(entry.stored_pages)
+        if section.end_page() as u64 > pages.end - pages.start || section.stored_pages() != u64::from(stored)
         {
             let why = "it does not hold the pages its root says";
             return Err(FormatError::Malformed { what: "page-map section", why });
         }
-        Ok(Some(section))
+        Ok(())
     }
 }
 
