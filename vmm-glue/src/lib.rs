@@ -4,16 +4,18 @@
 //! |---|---|
 //! | [`guest`] | the guest program that fills, answers and verifies; the [`guest::Guest`] trait; its two hosts' common parts |
 //! | [`minivm`] | a small VMM on `kvm-ioctls` and `vm-memory` that runs the guest program |
+//! | [`embed`] | linking Dormouse into a VMM: standby and waking in `vm-memory`'s types |
 //! | [`firecracker`] | the userfaultfd handshake, API client and process of stock Firecracker |
 //! | [`cloud_hypervisor`] | pure types of its offload protocol |
 //!
-//! Nothing here fetches or installs a page: every function takes memory it is given. Where its pages come
-//! from is the business of `dormouse-restore`.
+//! Nothing here fetches or installs a page: that is the business of `dormouse-restore`, which [`embed`] puts to
+//! work.
 //!
 //! All `unsafe` of the crate is in `sys`.
 #![deny(unsafe_code)]
 
 pub mod cloud_hypervisor;
+pub mod embed;
 pub mod firecracker;
 pub mod guest;
 pub mod minivm;

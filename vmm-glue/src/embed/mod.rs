@@ -1,0 +1,46 @@
+//! Dormouse inside a VMM of one's own: putting a machine on standby, and waking it with its pages on demand.
+//!
+//! All of it is in `vm-memory`'s types. `examples/embed.rs` is a whole program; its core is this:
+//!
+//! ```no_run
+//! # use std::{error::Error, thread};
+//! # use dormouse_chunkstore::{Store, StoreOptions};
+//! # use dormouse_core::{ImageId, Name};
+//! # use dormouse_vmm_glue::{embed, guest::Guest, minivm::{Dirty, MiniVm, VmShell}};
+//! # use vm_memory::GuestAddress;
+//! # fn demo(mut vm: MiniVm) -> Result<(), Box<dyn Error>> {
+//! let store = Store::open("file:///var/lib/dormouse", StoreOptions::default())?;
+//! let (name, vcpu) = (Name::new("machine")?, ImageId::new("vcpu")?);
+//!
+//! vm.pause()?; // standby: memory and device state go into the store, then the machine may end
+//! embed::Sleep::new(name.clone()).state(vcpu, vm.save_state()?).store(&store, vm.memory())?;
+//! drop(vm);
+//!
+//! let shell = thread::spawn(VmShell::create); // needs no memory: done while the snapshot opens
+//! let snapshot = store.open_snapshot(&name)?;
+//! let woken = embed::wake(&snapshot, &[(GuestAddress(0), 128 << 20)], embed::Wake::default())?;
+//! let shell = shell.join().map_err(|_| "no VM")??;
+//! let mut vm = MiniVm::restore(shell, woken.memory().clone(), &snapshot.read_blob("vcpu")?, Dirty::Tracked)?;
+//! vm.resume()?; // runs at once; pages come as it touches them
+//! # Ok(()) }
+//! ```
+//!
+//! | file | holds |
+//! |---|---|
+//! | `memory.rs` | guest memory that can be stored without a copy, and where its pages lie in the image |
+//! | `sleep.rs` | [`Sleep`]: guest memory and device state into a store |
+//! | `wake.rs` | [`wake`]: a snapshot becomes guest memory served by a userfaultfd |
+//! | `working_set.rs` | the pages a machine touched first, kept with it so that they come first next time |
+
+mod memory;
+mod sleep;
+mod wake;
+mod working_set;
+
+pub use memory::memory;
+pub use sleep::{Sleep, SleepError};
+pub use wake::{Prefetch, Wake, WakeError, Woken, wake};
+pub use working_set::{WORKING_SET_ID, WorkingSetError, stored_working_set, touched_runs};
+
+/// What the memory image of a machine is called in its snapshots, as `dormouse import --memory` calls it.
+pub const MEMORY_ID: &str = "memory";

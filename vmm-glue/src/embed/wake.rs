@@ -1,0 +1,172 @@
+//! Waking a machine: memory that is filled as it is touched.
+
+use std::io;
+
+use dormouse_chunkstore::{Snapshot, StoreError};
+use dormouse_core::{ImageKind, PageCount, PageIndex};
+use dormouse_restore::{
+    Memory, PageRun, PageSize, PageSource as _, Plan, PlanError, Policy, RegionSpec, Restore, RestoreError,
+    RestoreHandle, SourceError, StoredImage, Uffd, UffdError, UffdOptions, VmStopped,
+};
+use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::MEMORY_ID;
+use super::working_set::{stored_working_set, touched_runs};
+use crate::sys::guest_mapping::GuestMapping;
+
+/// What is brought in before the guest asks for it. Faults always come first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Prefetch {
+    /// Nothing: every page faults.
+    Nothing,
+    /// The working set stored with the snapshot; without one, everything.
+    #[default]
+    WorkingSet,
+    /// The working set if there is one, then everything else in the order of the image.
+    Everything,
+    /// These runs of image pages, in this order.
+    Runs(Vec<PageRun>),
+}
+
+/// How a machine is to be woken.
+#[derive(Clone, Debug)]
+pub struct Wake {
+    /// What to bring in first.
+    pub prefetch: Prefetch,
+    /// Threads, retries, and what happens when a page cannot be had.
+    pub policy: Policy,
+    /// Whether the guest can give memory back while it is being restored, by a balloon or by free page
+    /// reporting.
+    pub balloon: bool,
+    /// Whether KVM runs the guest, whose faults are then taken inside the kernel. Without it, less privilege
+    /// will do.
+    pub kvm: bool,
+}
+
+impl Default for Wake {
+    fn default() -> Self {
+        Self { prefetch: Prefetch::default(), policy: Policy::default(), balloon: false, kvm: true }
+    }
+}
+
+/// Why a machine could not be woken. Nothing of it has run.
+#[derive(Debug, thiserror::Error)]
+pub enum WakeError {
+    /// The snapshot cannot be read, or has no memory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The regions are not those of the machine.
+    #[error(
+        "the machine has {image} bytes of memory, the regions given {given}: give those it was stored with"
+    )]
+    Size {
+        /// Bytes of the image.
+        image: u64,
+        /// Bytes of the regions.
+        given: u64,
+    },
+    /// The regions do not make a plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// No address space for guest memory.
+    #[error("guest memory cannot be mapped: {0}")]
+    Map(io::Error),
+    /// userfaultfd is missing or not permitted; says how to permit it.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    /// The restore did not start.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// The memory of a woken machine, and the restore that fills it.
+///
+/// Keep it for as long as the machine runs. If it is dropped before, the machine is served until the process
+/// ends.
+#[derive(Debug)]
+pub struct Woken {
+    // Before the mapping: `end` stops it first.
+    restore: RestoreHandle,
+    image: StoredImage,
+    mapping: GuestMapping,
+}
+
+impl Woken {
+    /// The guest's memory; clone it into the VMM.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        self.mapping.memory()
+    }
+
+    /// The running restore: counters, phases, failures.
+    pub fn restore(&self) -> &RestoreHandle {
+        &self.restore
+    }
+
+    /// What the machine touched so far, to be given to [`super::Sleep::working_set`]: what faulted, after what
+    /// had been prefetched as its working set.
+    ///
+    /// # Errors
+    /// The store's, should a page map be read anew.
+    pub fn working_set(&self) -> Result<Vec<PageRun>, SourceError> {
+        touched_runs(&self.restore, &self.image)
+    }
+
+    /// Ends the restore of a machine that will not run again, and lets go of its memory once the VMM has too.
+    pub fn end(self, stopped: VmStopped) -> dormouse_restore::CountersSnapshot {
+        let Self { restore, image: _, mapping } = self;
+        let counters = restore.stop(stopped);
+        drop(mapping);
+        counters
+    }
+}
+
+/// Makes the memory of `snapshot`'s machine, its pages on demand. The guest may run from now on.
+///
+/// `regions` are (guest-physical start, bytes) in ascending order, as when the machine was stored. Create the
+/// VM itself on another thread meanwhile.
+///
+/// # Errors
+/// [`WakeError`]. Where userfaultfd is not permitted, the message says how to permit it.
+pub fn wake(snapshot: &Snapshot, regions: &[(GuestAddress, usize)], wake: Wake) -> Result<Woken, WakeError> {
+    let image = StoredImage::new(snapshot.image(ImageKind::Memory, MEMORY_ID)?);
+    let specs = specs(regions);
+    let given = regions.iter().map(|(_, bytes)| *bytes as u64).sum();
+    let has = image.page_count().0 * PageSize::Small.bytes();
+    if has != given {
+        return Err(WakeError::Size { image: has, given });
+    }
+    let plan = Plan::new(Arc::new(image.clone()), &specs)?;
+    let mapping = GuestMapping::new(regions).map_err(WakeError::Map)?;
+    let uffd = Uffd::create(UffdOptions { remove_events: wake.balloon, kernel_faults: wake.kvm })?;
+    let memory = Memory::own(uffd, &mapping.mappings())?;
+    let restore = Restore::start(plan, memory, wake.policy)?;
+    let stored = match wake.prefetch {
+        Prefetch::WorkingSet | Prefetch::Everything => stored_working_set(snapshot).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no working set");
+            None
+        }),
+        Prefetch::Nothing | Prefetch::Runs(_) => None,
+    };
+    match (wake.prefetch, stored) {
+        (Prefetch::Nothing, _) => {}
+        (Prefetch::Runs(runs), _) | (Prefetch::WorkingSet, Some(runs)) => restore.prefetch(runs),
+        (Prefetch::Everything, Some(runs)) => {
+            restore.prefetch(runs);
+            restore.fill_all();
+        }
+        (Prefetch::WorkingSet | Prefetch::Everything, None) => restore.fill_all(),
+    }
+    Ok(Woken { restore, image, mapping })
+}
+
+fn specs(regions: &[(GuestAddress, usize)]) -> Vec<RegionSpec> {
+    let mut first = 0;
+    let spec = |&(_, bytes): &(GuestAddress, usize)| {
+        let pages = bytes as u64 / PageSize::Small.bytes();
+        let image_first = PageIndex(first);
+        first += pages;
+        RegionSpec { image_first, pages: PageCount(pages), page_size: PageSize::Small }
+    };
+    regions.iter().map(spec).collect()
+}
