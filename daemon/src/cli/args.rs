@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::commands::{du, export, gc, import, key, ls, repack, rm, show, verify};
+use crate::commands::{demo, du, export, gc, import, key, ls, repack, rm, show, verify};
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
 #[derive(Debug, Parser)]
@@ -72,6 +72,10 @@ pub(crate) enum Command {
     Gc(gc::GcArgs),
     /// Rewrite wasteful packs and compress them harder, without changing any snapshot
     Repack(repack::RepackArgs),
+    /// Show it all: boot a machine, put it on standby, wake it 20 times and let it verify its memory
+    Demo(demo::DemoArgs),
+    #[command(subcommand, hide = true)]
+    DemoGuest(demo::guest::DemoGuestCommand),
     /// Make and look at encryption keys
     #[command(subcommand)]
     Key(key::KeyCommand),

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// What S3 Standard takes for a gigabyte (10^9 bytes) and month in us-east-1.
-const S3_STANDARD_DOLLARS: &str = "0.023";
+pub(crate) const S3_STANDARD_DOLLARS: &str = "0.023";
 
 #[derive(Args, Debug)]
 pub(crate) struct DuArgs {

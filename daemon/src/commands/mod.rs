@@ -1,5 +1,6 @@
 //! One file per command. Each does its work, then prints once: nothing, or one document.
 
+pub(crate) mod demo;
 pub(crate) mod du;
 pub(crate) mod export;
 pub(crate) mod gc;
@@ -24,6 +25,8 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Export(args) => export::run(&args, context),
         Command::Ls(args) => ls::run(&args, context),
         Command::Show(args) => show::run(&args, context),
+        Command::Demo(args) => demo::run(&args, context),
+        Command::DemoGuest(command) => demo::guest::run(&command, context),
         Command::Du(args) => du::run(&args, context),
         Command::Verify(args) => verify::run(&args, context),
         Command::Rm(args) => rm::run(&args, context),
