@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use dormouse_vmm_glue::firecracker::api::SnapshotKind;
 use dormouse_vmm_glue::firecracker::{
-    ApiError, Firecracker, FirecrackerOptions, HandshakeListener, accept_handshake,
+    ApiError, ConsoleInput, Firecracker, FirecrackerOptions, HandshakeListener, accept_handshake,
 };
 use dormouse_vmm_glue::guest::{self, GuestParams, elf};
 
@@ -44,6 +44,7 @@ impl Scene {
             binary: self.binary.clone(),
             api_socket: self.path(&format!("{name}.sock")),
             console: console.clone(),
+            input: ConsoleInput::Typed,
             log: Some(self.path(&format!("{name}.log"))),
         };
         let process = Firecracker::spawn(&options, PATIENCE).expect("Firecracker");

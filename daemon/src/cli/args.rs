@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::commands::{demo, du, export, gc, import, key, ls, repack, rm, show, verify};
+use crate::commands::{demo, du, export, gc, import, key, ls, repack, rm, serve_uffd, show, verify};
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
 #[derive(Debug, Parser)]
@@ -76,6 +76,8 @@ pub(crate) enum Command {
     Demo(demo::DemoArgs),
     #[command(subcommand, hide = true)]
     DemoGuest(demo::guest::DemoGuestCommand),
+    /// Serve the memory of Firecracker VMs from a snapshot, page by page, over its userfaultfd handshake
+    ServeUffd(serve_uffd::ServeUffdArgs),
     /// Make and look at encryption keys
     #[command(subcommand)]
     Key(key::KeyCommand),

@@ -9,6 +9,7 @@ pub(crate) mod key;
 pub(crate) mod ls;
 pub(crate) mod repack;
 pub(crate) mod rm;
+pub(crate) mod serve_uffd;
 pub(crate) mod show;
 pub(crate) mod verify;
 
@@ -32,6 +33,7 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Rm(args) => rm::run(&args, context),
         Command::Gc(args) => gc::run(&args, context),
         Command::Repack(args) => repack::run(&args, context),
+        Command::ServeUffd(args) => serve_uffd::run(&args, context),
         Command::Key(command) => key::run(&command, context),
     }
 }

@@ -93,9 +93,18 @@ pub fn accept_handshake(
 ) -> Result<Handshake, HandshakeError> {
     let deadline = Instant::now() + timeout;
     let connection = listener.accept(deadline)?.ok_or(HandshakeError::NobodyCame(timeout))?;
+    receive_handshake(connection, listener.peer_uid(), deadline)
+}
+
+/// Receives the handshake of a peer that has connected and must be of user `allowed`.
+pub(super) fn receive_handshake(
+    connection: UnixStream,
+    allowed: u32,
+    deadline: Instant,
+) -> Result<Handshake, HandshakeError> {
     let peer = peer_of(&connection)?;
-    if peer.uid != listener.peer_uid() {
-        return Err(HandshakeError::WrongUser { peer, allowed: listener.peer_uid() });
+    if peer.uid != allowed {
+        return Err(HandshakeError::WrongUser { peer, allowed });
     }
     let (regions, mut descriptors) = receive(&connection, deadline)?;
     let count = descriptors.len();
@@ -107,7 +116,8 @@ pub fn accept_handshake(
     Ok(Handshake { uffd, regions, peer, connection })
 }
 
-fn peer_of(connection: &UnixStream) -> io::Result<Peer> {
+/// Who is at the other end of `connection`, by the kernel's word.
+pub(super) fn peer_of(connection: &UnixStream) -> io::Result<Peer> {
     let credentials = rustix::net::sockopt::socket_peercred(connection)?;
     Ok(Peer { pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() })
 }

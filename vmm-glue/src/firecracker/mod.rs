@@ -6,14 +6,23 @@
 //! keeps the connection open for as long as it lives, so that its end tells of Firecracker's.
 
 pub mod api;
+pub mod capture;
 pub mod handshake;
 pub mod http;
+pub mod incoming;
 pub mod listener;
+pub mod memfile;
 pub mod process;
 pub mod regions;
+pub mod session;
+pub mod tracking;
+pub mod vmm_process;
 
 pub use api::{ApiClient, ApiError};
 pub use handshake::{Handshake, HandshakeError, accept_handshake};
+pub use incoming::Incoming;
 pub use listener::{HandshakeListener, ListenError};
-pub use process::{Firecracker, FirecrackerOptions, ProcessError};
+pub use process::{ConsoleInput, Firecracker, FirecrackerOptions, ProcessError};
 pub use regions::{PageSize, Region, RegionsError, parse_regions};
+pub use session::{OnFailure, Refusal, Session, SessionError, SessionOptions, SessionReport};
+pub use vmm_process::{VmmProcess, VmmProcessError};

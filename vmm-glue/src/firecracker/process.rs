@@ -30,8 +30,20 @@ pub struct FirecrackerOptions {
     pub api_socket: PathBuf,
     /// The file its standard output and error go to, and with it the guest's serial port.
     pub console: PathBuf,
+    /// Where its standard input, and with it the guest's serial input, comes from.
+    pub input: ConsoleInput,
     /// The file its log goes to. `None` leaves it on standard output, amid what the guest says.
     pub log: Option<PathBuf>,
+}
+
+/// Where a guest's serial input comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ConsoleInput {
+    /// [`Firecracker::type_bytes`].
+    #[default]
+    Typed,
+    /// This process's own standard input.
+    Inherited,
 }
 
 /// Why Firecracker could not be started or spoken to.
@@ -84,7 +96,7 @@ impl Firecracker {
     /// # Errors
     /// [`ProcessError`]; the process is gone then.
     pub fn spawn(options: &FirecrackerOptions, timeout: Duration) -> Result<Self, ProcessError> {
-        let FirecrackerOptions { binary, api_socket, console, log } = options;
+        let FirecrackerOptions { binary, api_socket, console, input, log } = options;
         remove_stale_socket(api_socket)?;
         let console_error = |source| ProcessError::Console { path: console.clone(), source };
         let output = File::create(console).map_err(console_error)?;
@@ -98,7 +110,10 @@ impl Firecracker {
             command.arg("--log-path").arg(log);
         }
         let mut child = command
-            .stdin(Stdio::piped())
+            .stdin(match input {
+                ConsoleInput::Typed => Stdio::piped(),
+                ConsoleInput::Inherited => Stdio::inherit(),
+            })
             .stdout(output)
             .stderr(errors)
             .spawn()

@@ -1,0 +1,228 @@
+//! `dormouse serve-uffd NAME`: the memory of Firecracker VMs, page by page, over its userfaultfd handshake.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use clap::{Args, ValueEnum};
+use dormouse_chunkstore::Snapshot;
+use dormouse_core::{ImageKind, Name};
+use dormouse_restore::{PageSource, Retry, StoredImage};
+use dormouse_vmm_glue::firecracker::{
+    HandshakeListener, Incoming, ListenError, OnFailure, Refusal, Session, SessionOptions, SessionReport,
+};
+use serde::Serialize;
+
+use super::import::MEMORY;
+use crate::{
+    cli::values,
+    context::{self, Context},
+    failure::{Failure, Status},
+    human,
+};
+
+/// How long a peer may take over its handshake.
+pub(crate) const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+/// Waits are cut into pieces of this length.
+const A_WHILE: Duration = Duration::from_secs(3600);
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeUffdArgs {
+    /// The snapshot
+    #[arg(value_parser = context::name)]
+    name: Name,
+
+    /// Listen here: the `backend_path` of Firecracker's /snapshot/load, with backend_type "Uffd"
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+
+    /// Serve one VM, and end with it
+    #[arg(long)]
+    once: bool,
+
+    #[command(flatten)]
+    serving: ServingArgs,
+}
+
+/// How VMs are served.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ServingArgs {
+    /// What to do when a page a VM waits for cannot be had correctly
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
+    policy: PolicyName,
+
+    /// How long to try again before that
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = values::duration)]
+    give_up_after: Duration,
+
+    /// Fetch only pages the guest touches
+    #[arg(long)]
+    no_prefetch: bool,
+}
+
+/// [`OnFailure`] on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum PolicyName {
+    /// Kill the VM
+    #[default]
+    Kill,
+    /// Let the access fail as broken memory does; kill the VM where the kernel cannot do that
+    Poison,
+}
+
+impl ServingArgs {
+    pub(crate) fn options(&self) -> SessionOptions {
+        SessionOptions {
+            on_failure: match self.policy {
+                PolicyName::Kill => OnFailure::Kill,
+                PolicyName::Poison => OnFailure::Poison,
+            },
+            retry: retry_for(self.give_up_after),
+            prefetch: !self.no_prefetch,
+        }
+    }
+}
+
+/// A [`Retry`] whose waits add up to `time` at least.
+fn retry_for(time: Duration) -> Retry {
+    let retry = Retry { limit: 0, ..Retry::default() };
+    let mut waited = Duration::ZERO;
+    let mut limit = 0;
+    while waited < time {
+        waited += retry.wait(limit);
+        limit += 1;
+    }
+    Retry { limit, ..retry }
+}
+
+/// One VM that has ended.
+#[derive(Debug, Serialize)]
+struct Document {
+    name: String,
+    snapshot: String,
+    #[serde(flatten)]
+    vm: SessionReport,
+}
+
+pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Failure> {
+    let snapshot = context.open_store()?.open_snapshot(&args.name)?;
+    let source = memory_of(&snapshot)?;
+    let listener = HandshakeListener::bind(&args.socket).map_err(|e| listen_failure(&e))?;
+    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
+    tracing::info!(socket = %args.socket.display(), "waiting for Firecracker");
+    let finish = |vm: SessionReport| {
+        let (name, snapshot) = (args.name.to_string(), snapshot.reference().snapshot.to_string());
+        let document = Document { name, snapshot, vm };
+        context.print(&document, |out| print_report(out, &document.vm))?;
+        let failed = document.vm.killed_because.is_some() || !document.vm.failures.is_empty();
+        Ok(if failed { Status::Failed } else { Status::Done })
+    };
+    if args.once {
+        let session = next_session(&incoming, &source, args.serving.options());
+        // Whoever else comes finds nobody here.
+        drop(incoming);
+        return finish(outlive(session)?);
+    }
+    let (ended, reports) = mpsc::channel::<Result<SessionReport, Failure>>();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for report in reports {
+                if let Err(failure) = report.and_then(&finish) {
+                    tracing::error!(%failure, "a VM's end could not be told");
+                }
+            }
+        });
+        loop {
+            let session = next_session(&incoming, &source, args.serving.options());
+            let ended = ended.clone();
+            // The receiver lives as long as this scope.
+            std::thread::spawn(move || ended.send(outlive(session)));
+        }
+    })
+}
+
+/// The snapshot's memory, as something a restore can read.
+pub(crate) fn memory_of(snapshot: &Snapshot) -> Result<Arc<dyn PageSource>, Failure> {
+    Ok(Arc::new(StoredImage::new(snapshot.image(ImageKind::Memory, MEMORY)?)))
+}
+
+/// Waits for a peer that can be served. Others are told of and sent away.
+fn next_session(incoming: &Incoming, source: &Arc<dyn PageSource>, options: SessionOptions) -> Session {
+    loop {
+        let handshake = match incoming.next(A_WHILE) {
+            Some(Ok(handshake)) => handshake,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "a peer was sent away");
+                continue;
+            }
+            None => continue,
+        };
+        match Session::start(handshake, source.clone(), options) {
+            Ok(session) => return session,
+            Err(refusal) => {
+                let failure = refused(&refusal, options.on_failure);
+                tracing::warn!(%failure, "a VM was refused");
+            }
+        }
+    }
+}
+
+/// Tells why a VM is not served, and ends it, as it would wait for ever.
+pub(crate) fn refused(refusal: &Refusal, on_failure: OnFailure) -> Failure {
+    let mut message = refusal.error.to_string();
+    let pid = refusal.peer.pid;
+    match (&refusal.process, on_failure) {
+        (Some(process), OnFailure::Kill) => match process.kill() {
+            Ok(()) => message += &format!("; process {pid} was killed"),
+            Err(error) => message += &format!("; process {pid} cannot be killed ({error}), end it yourself"),
+        },
+        (Some(_), OnFailure::Poison) => {
+            message += &format!("; process {pid} waits for its memory for ever, end it yourself");
+        }
+        (None, _) => {}
+    }
+    Failure::new("vm_refused", message)
+}
+
+/// Waits until the VM is gone.
+pub(crate) fn outlive(mut session: Session) -> Result<SessionReport, Failure> {
+    loop {
+        session = match session.wait(A_WHILE).map_err(|e| Failure::new("vm", format!("waiting: {e}")))? {
+            Ok(report) => return Ok(report),
+            Err(session) => session,
+        }
+    }
+}
+
+pub(crate) fn listen_failure(error: &ListenError) -> Failure {
+    Failure::new("socket", error.to_string())
+}
+
+pub(crate) fn thread_failure(error: &io::Error) -> Failure {
+    Failure::new("threads", format!("no thread could be started: {error}; raise the limit on them"))
+}
+
+/// A VM's end, for people.
+pub(crate) fn print_report(out: &mut dyn Write, vm: &SessionReport) -> io::Result<()> {
+    let c = &vm.counters;
+    writeln!(out, "VM of process {} has ended; memory {}", vm.pid, human::bytes(vm.memory_bytes))?;
+    for (what, count) in [
+        ("faults", c.faults),
+        ("pages copied", c.pages_copied),
+        ("zero pages", c.zero_pages),
+        ("prefetched", c.prefetched_pages),
+        ("frames fetched", c.fetches),
+        ("retries", c.retries),
+        ("given back", c.removes),
+        ("poisoned", c.poisoned),
+    ] {
+        writeln!(out, "  {what:<15} {count:>10}")?;
+    }
+    if let Some(why) = &vm.killed_because {
+        writeln!(out, "  killed because: {why}")?;
+    }
+    vm.failures.iter().try_for_each(|why| writeln!(out, "  withheld: {why}"))
+}

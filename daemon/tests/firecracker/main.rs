@@ -1,0 +1,7 @@
+//! Real Firecracker through the built binary: set `DORMOUSE_FIRECRACKER` to Firecracker's. With
+//! `DORMOUSE_REQUIRE_FIRECRACKER=1` its absence is a failure. The guest verifies its own memory: it says `.` for
+//! every pass over all of it, and `X` for a wrong page.
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
+
+mod scene;
+mod serve_uffd;

@@ -1,0 +1,120 @@
+//! Taking a snapshot of a running Firecracker into memory, with as short a pause as it allows.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::api::{ApiClient, ApiError, SnapshotKind};
+use super::memfile::MemFile;
+
+/// A snapshot in memory.
+#[derive(Debug)]
+pub struct Capture {
+    /// What the memory file holds.
+    pub kind: SnapshotKind,
+    /// Guest memory; holes of a difference are as in the parent.
+    pub memory: MemFile,
+    /// Firecracker's device state.
+    pub state: MemFile,
+    /// Whether the guest ran before.
+    pub was_running: bool,
+    /// Where the time went.
+    pub times: CaptureTimes,
+}
+
+/// Where the time of a capture went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CaptureTimes {
+    /// Until the guest stood still.
+    pub pause: Duration,
+    /// Writing the snapshot.
+    pub snapshot: Duration,
+    /// Letting the guest go on, if that was asked for.
+    pub resume: Duration,
+    /// From the request to pause until the guest went on, or could have.
+    pub paused: Duration,
+}
+
+/// Why nothing was captured.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// Firecracker refused, or could not be asked.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// There is no guest to capture.
+    #[error("this Firecracker is {0:?}: only a guest that was started can be put on standby")]
+    NotStarted(String),
+    /// Memory for the snapshot could not be had.
+    #[error("no memory file could be made for the snapshot: {0}")]
+    Scratch(#[from] io::Error),
+    /// It answered that the snapshot is there, but it is not.
+    #[error("Firecracker says it has written the snapshot, but {0} is empty")]
+    Empty(&'static str),
+}
+
+/// Whether the guest runs (or could), as `GET /` has it.
+///
+/// # Errors
+/// [`CaptureError::Api`], [`CaptureError::NotStarted`].
+pub fn is_running(api: &ApiClient) -> Result<bool, CaptureError> {
+    let instance = api.get("/")?;
+    match instance.get("state").and_then(|s| s.as_str()) {
+        Some("Running") => Ok(true),
+        Some("Paused") => Ok(false),
+        other => Err(CaptureError::NotStarted(other.unwrap_or("in an unknown state").to_owned())),
+    }
+}
+
+/// Whether Firecracker keeps track of dirty pages.
+///
+/// # Errors
+/// [`CaptureError::Api`].
+pub fn tracks_dirty_pages(api: &ApiClient) -> Result<bool, CaptureError> {
+    let config = api.get("/machine-config")?;
+    Ok(config.get("track_dirty_pages").and_then(serde_json::Value::as_bool).unwrap_or(false))
+}
+
+/// Pauses the guest, takes a snapshot, and lets a guest that ran before go on if `resume`.
+///
+/// # Errors
+/// [`CaptureError`]. The guest runs then if it ran before, as far as Firecracker lets it. Which pages
+/// Firecracker takes for dirty may have changed: what comes next must be a full snapshot.
+pub fn capture(api: &ApiClient, kind: SnapshotKind, resume: bool) -> Result<Capture, CaptureError> {
+    let (memory, state) = (MemFile::new("dormouse-memory")?, MemFile::new("dormouse-vmstate")?);
+    let was_running = is_running(api)?;
+    let mut times = CaptureTimes::default();
+    let begun = Instant::now();
+    if was_running {
+        api.pause()?;
+    }
+    times.pause = begun.elapsed();
+    let writing = Instant::now();
+    let written = api.create_snapshot(kind, &state.path(), &memory.path()).map_err(CaptureError::from);
+    let checked = written.and_then(|()| check(&memory, &state));
+    times.snapshot = writing.elapsed();
+    if let Err(error) = checked {
+        if was_running {
+            api.resume()?;
+        }
+        return Err(error);
+    }
+    if resume && was_running {
+        let resuming = Instant::now();
+        api.resume()?;
+        times.resume = resuming.elapsed();
+    }
+    times.paused = begun.elapsed();
+    Ok(Capture { kind, memory, state, was_running, times })
+}
+
+fn check(memory: &MemFile, state: &MemFile) -> Result<(), CaptureError> {
+    for (file, what) in [(memory, "the memory file"), (state, "the state file")] {
+        if file.is_empty()? {
+            return Err(CaptureError::Empty(what));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "capture_tests.rs"]
+mod tests;
