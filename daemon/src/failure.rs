@@ -61,6 +61,8 @@ impl From<StoreError> for Failure {
         let (kind, object) = match &error {
             StoreError::NoSuchSnapshot { .. } => ("no_such_snapshot", None),
             StoreError::NoSuchPart { .. } => ("no_such_part", None),
+            StoreError::UnknownKey { .. } | StoreError::KeyRetired { .. } => ("wrong_key", None),
+            StoreError::KeyNeeded { .. } => ("key_missing", None),
             StoreError::Missing { key, .. } => ("missing", Some(key.clone())),
             StoreError::Damaged { key, why } => (damage_kind(why), Some(key.clone())),
             StoreError::Conflict { .. } => ("conflict", None),

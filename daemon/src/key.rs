@@ -32,7 +32,7 @@ pub(crate) fn find(global: &GlobalOptions) -> Result<Option<DomainKey>, Failure>
     }
 }
 
-fn from_file(path: &Path) -> Result<DomainKey, Failure> {
+pub(crate) fn from_file(path: &Path) -> Result<DomainKey, Failure> {
     let cannot = |e: std::io::Error| {
         Failure::new("key", format!("the key file {} cannot be read: {e}", path.display()))
     };

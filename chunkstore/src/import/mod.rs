@@ -45,6 +45,11 @@ impl Store {
     /// See [`StoreError`]; [`StoreError::Usage`] where the request contradicts itself.
     pub fn import(&self, request: &ImportRequest, progress: &dyn Progress) -> Result<ImportReport> {
         check(request)?;
+        if let Some(parent) = &request.parent
+            && !self.settle_known()?
+        {
+            return Err(self.no_such(parent));
+        }
         self.found()?;
         let index = Index::open(self.cache_dir());
         let mut races = 0;

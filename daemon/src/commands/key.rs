@@ -1,4 +1,4 @@
-//! `dormouse key generate` and `dormouse key id`.
+//! `dormouse key`: make keys, look at them, rotate them.
 
 use std::{
     fs::OpenOptions,
@@ -25,8 +25,20 @@ pub(crate) enum KeyCommand {
         #[arg(long, value_name = "PATH")]
         out: Option<PathBuf>,
     },
-    /// Show the public identifier of the key in use: the folder its snapshots are under
+    /// Show the public identifier of the key in use
     Id,
+    /// List the keys that the store knows
+    List,
+    /// Let another key open what the key in use opens. Nothing that is stored is written anew
+    Rotate {
+        /// The new key: a file with 64 hexadecimal digits, or 32 bytes
+        #[arg(long, value_name = "PATH")]
+        new_key_file: PathBuf,
+
+        /// Take the key in use out of use: it opens nothing any more
+        #[arg(long)]
+        drop_old: bool,
+    },
 }
 
 pub(crate) fn run(command: &KeyCommand, context: &Context) -> Result<Status, Failure> {
@@ -38,6 +50,29 @@ pub(crate) fn run(command: &KeyCommand, context: &Context) -> Result<Status, Fai
             })?;
             let id = key.id().to_string();
             context.print(&json!({ "key_id": id }), |out| writeln!(out, "{id}"))?;
+        }
+        KeyCommand::List => {
+            let list = context.open_store()?.key_list()?;
+            context.print(&list, |out| {
+                for key in &list.keys {
+                    writeln!(out, "{}{}", key.key_id, if key.in_use { "  (in use)" } else { "" })?;
+                }
+                match &list.domain {
+                    Some(domain) => writeln!(out, "the key in use opens domain {domain}"),
+                    None => Ok(()),
+                }
+            })?;
+        }
+        KeyCommand::Rotate { new_key_file, drop_old } => {
+            let new = key::from_file(new_key_file)?;
+            let report = context.open_store()?.rotate_key(&new, *drop_old)?;
+            context.print(&report, |out| {
+                writeln!(out, "key {} opens domain {} now", report.new_key_id, report.domain)?;
+                match report.dropped_old {
+                    true => writeln!(out, "key {} opens nothing any more", report.old_key_id),
+                    false => writeln!(out, "key {} still does; --drop-old ends that", report.old_key_id),
+                }
+            })?;
         }
     }
     Ok(Status::Done)
