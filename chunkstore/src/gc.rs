@@ -32,6 +32,9 @@ const LEASE_MS: u64 = 15 * 60 * 1000;
 /// Objects deleted between two renewals of the lease.
 const RENEW_EVERY: usize = 200;
 
+/// Waits before something missing that a reference needs is believed to be lost.
+const MISSING_WAITS_MS: [u64; 8] = [5, 10, 20, 50, 100, 200, 400, 800];
+
 /// How to collect.
 #[derive(Clone, Copy, Debug)]
 pub struct GcOptions {
@@ -262,19 +265,29 @@ impl Store {
             if seen.get(reference.name.as_str()) == Some(&root) {
                 continue;
             }
-            match self.mark_one(&reference, live) {
-                // Moved on and collected between the listing and now: what it stands for by now counts.
-                Err(StoreError::Missing { .. }) => {
-                    let (current, _) = self.reference(&reference.name)?;
-                    match current {
-                        Some(current) => self.mark_one(&current, live)?,
-                        None => continue,
-                    }
-                }
-                other => other?,
-            }
+            self.mark_current(reference, live)?;
         }
         Ok(now)
+    }
+
+    /// Marks what a reference needs, or what it stands for by now. A writer whose objects were collected before its
+    /// reference moved takes it back in a moment, so that something is missing is believed only if it stays so.
+    fn mark_current(&self, mut reference: Reference, live: &mut Live) -> Result<()> {
+        let mut patience = MISSING_WAITS_MS.iter();
+        loop {
+            let missing = match self.mark_one(&reference, live) {
+                Err(e @ StoreError::Missing { .. }) => e,
+                other => return other,
+            };
+            match self.reference(&reference.name)?.0 {
+                None => return Ok(()),
+                Some(current) if current != reference => reference = current,
+                Some(_) => match patience.next() {
+                    Some(wait) => std::thread::sleep(Duration::from_millis(*wait)),
+                    None => return Err(missing),
+                },
+            }
+        }
     }
 
     fn mark_one(&self, reference: &Reference, live: &mut Live) -> Result<()> {
