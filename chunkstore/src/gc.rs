@@ -5,9 +5,9 @@
 //! 3. *Mark again*: references that appeared meanwhile protect what they need.
 //! 4. *Delete* what was condemned at least the grace time ago and is still not needed; then its mark.
 //!
-//! A writer moves its reference first and looks for marks, and for the objects, afterwards (`import/commit.rs`).
-//! Either step 3 sees its reference, or it sees the mark of step 2: no order of events loses a snapshot that was
-//! acknowledged. Only one collector may run at a time, which a lease object sees to.
+//! A writer announces its snapshot first, looks for marks, and for the objects, afterwards, and moves its reference
+//! last (`import/commit.rs`, `announce.rs`). Either step 3 sees the announcement or the reference, or the writer sees
+//! the mark of step 2: no order of events loses a snapshot that was acknowledged. Only one collector may run at a time, which a lease object sees to.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,13 +27,8 @@ use crate::{
 
 /// How long an object must have been garbage, by default.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 3600);
-/// A collector that has not renewed its lease for this long is taken for dead.
-const LEASE_MS: u64 = 15 * 60 * 1000;
 /// Objects deleted between two renewals of the lease.
 const RENEW_EVERY: usize = 200;
-
-/// Waits before something missing that a reference needs is believed to be lost.
-const MISSING_WAITS_MS: [u64; 8] = [5, 10, 20, 50, 100, 200, 400, 800];
 
 /// How to collect.
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +137,7 @@ impl Store {
         let old_enough = |modified: u64| grace_ms == 0 || modified.saturating_add(grace_ms) <= now;
         self.expire(options.dry_run, report)?;
         let mut live = Live::new();
-        let seen = self.mark(&HashMap::new(), &mut live)?;
+        let seen = self.mark(&HashMap::new(), now, &mut live)?;
 
         let mut objects: HashMap<String, ObjectMeta> = HashMap::new();
         for prefix in [self.keys.packs(), self.keys.roots()] {
@@ -177,7 +172,7 @@ impl Store {
         }
         let mut names = seen.clone();
         if !options.dry_run {
-            names.extend(self.mark(&seen, &mut live)?);
+            names.extend(self.mark(&seen, now, &mut live)?);
         }
         self.collect_streams(&names, options.dry_run, report)?;
         for (n, meta) in doomed.into_iter().enumerate() {
@@ -191,6 +186,11 @@ impl Store {
                 self.backend.delete(&meta.key)?;
                 self.backend.delete(&self.keys.condemned(&meta.key))?;
                 marks.remove(last(&meta.key));
+            }
+        }
+        if !options.dry_run {
+            for stale in self.announcements(now)?.1 {
+                self.backend.delete(&stale)?;
             }
         }
         // Marks of what is needed again, or gone already.
@@ -253,7 +253,20 @@ impl Store {
     }
 
     /// Adds to `live` what references need that are not in `seen`; gives all references with their roots.
-    fn mark(&self, seen: &HashMap<String, RootId>, live: &mut Live) -> Result<HashMap<String, RootId>> {
+    fn mark(
+        &self,
+        seen: &HashMap<String, RootId>,
+        now_unix_ms: u64,
+        live: &mut Live,
+    ) -> Result<HashMap<String, RootId>> {
+        // Announcements before references: a writer ends the one only when the other has moved.
+        for reference in self.announcements(now_unix_ms)?.0 {
+            match self.mark_one(&reference, live) {
+                // Its writer finds out as well.
+                Err(StoreError::Missing { .. }) => {}
+                other => other?,
+            }
+        }
         let references = self.references()?;
         if let Some((_, error)) = references.bad.into_iter().next() {
             return Err(error);
@@ -270,10 +283,9 @@ impl Store {
         Ok(now)
     }
 
-    /// Marks what a reference needs, or what it stands for by now. A writer whose objects were collected before its
-    /// reference moved takes it back in a moment, so that something is missing is believed only if it stays so.
+    /// Marks what a reference needs, or what it stands for by now: what it stood for when it was read may have been
+    /// collected meanwhile.
     fn mark_current(&self, mut reference: Reference, live: &mut Live) -> Result<()> {
-        let mut patience = MISSING_WAITS_MS.iter();
         loop {
             let missing = match self.mark_one(&reference, live) {
                 Err(e @ StoreError::Missing { .. }) => e,
@@ -282,10 +294,7 @@ impl Store {
             match self.reference(&reference.name)?.0 {
                 None => return Ok(()),
                 Some(current) if current != reference => reference = current,
-                Some(_) => match patience.next() {
-                    Some(wait) => std::thread::sleep(Duration::from_millis(*wait)),
-                    None => return Err(missing),
-                },
+                Some(_) => return Err(missing),
             }
         }
     }
@@ -305,10 +314,11 @@ impl Store {
             let taken = self.modified(&key)?;
             // Whose clock says what: only the store's own times are compared, with a probe written now.
             let now = self.probe_clock()?;
-            if taken.saturating_add(LEASE_MS) > now {
+            if taken.saturating_add(self.lease.as_millis() as u64) > now {
                 let owner = String::from_utf8_lossy(&body).into_owned();
                 return Err(StoreError::Usage(format!(
-                    "garbage is being collected by {owner}; try again when it is done, or 15 minutes after it died"
+                    "garbage is being collected by {owner}; try again when it is done, or {} minutes after it died",
+                    self.lease.as_secs() / 60
                 )));
             }
         }

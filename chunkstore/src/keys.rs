@@ -64,6 +64,15 @@ impl Keys {
         format!("{}/condemned", self.domain)
     }
 
+    pub(crate) fn announced_all(&self) -> String {
+        format!("{}/announced", self.domain)
+    }
+
+    /// The announcement of a snapshot that is about to get a name.
+    pub(crate) fn announced(&self, root: RootId) -> String {
+        format!("{}/announced/{root}", self.domain)
+    }
+
     /// The lease of whoever collects garbage.
     pub(crate) fn gc_lease(&self) -> String {
         format!("{}/gc/lease", self.domain)

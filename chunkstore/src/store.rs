@@ -3,7 +3,7 @@
 use std::{
     path::PathBuf,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -20,6 +20,9 @@ use crate::{
     snapshot::Snapshot,
 };
 
+/// Longer than any writer takes between announcing a snapshot and moving its name.
+const DEFAULT_LEASE: Duration = Duration::from_secs(15 * 60);
+
 /// How a store is opened.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -29,11 +32,13 @@ pub struct StoreOptions {
     pub cache_dir: Option<PathBuf>,
     /// Most bytes of decoded frames kept in memory.
     pub frame_cache_bytes: u64,
+    /// A collector, or a writer about to move a name, that was silent for this long is taken for dead.
+    pub lease: Duration,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        StoreOptions { key: None, cache_dir: None, frame_cache_bytes: 128 << 20 }
+        StoreOptions { key: None, cache_dir: None, frame_cache_bytes: 128 << 20, lease: DEFAULT_LEASE }
     }
 }
 
@@ -44,6 +49,7 @@ pub struct Store {
     pub(crate) domain: TheDomain,
     pub(crate) keys: TheKeys,
     pub(crate) frames: Arc<FrameCache>,
+    pub(crate) lease: Duration,
 }
 
 impl Store {
@@ -74,7 +80,13 @@ impl Store {
         let place = blake3::hash(backend.url().as_bytes()).to_hex();
         let access = Access::new(options.key, options.cache_dir.map(|d| d.join(&place[..16])));
         let frames = Arc::new(FrameCache::new(options.frame_cache_bytes));
-        Store { backend, domain: TheDomain(access.clone()), keys: TheKeys(access), frames }
+        Store {
+            backend,
+            domain: TheDomain(access.clone()),
+            keys: TheKeys(access),
+            frames,
+            lease: options.lease,
+        }
     }
 
     /// The store's URL.

@@ -1,8 +1,9 @@
 //! The end of an import: page maps, root, reference, and the proof that nothing shared was collected meanwhile.
 //!
-//! Garbage collection marks what it is about to delete, looks at all references once more, and only then deletes.
-//! A writer moves its reference and only then looks for marks. Whichever of the two comes second sees the other, so
-//! a snapshot is never acknowledged whose packs are being deleted.
+//! Garbage collection marks what it is about to delete, looks at all references and announcements once more, and only
+//! then deletes. A writer announces its snapshot, only then looks for marks, and moves its reference last, when what it
+//! will stand for is proven to be there. Whichever of the two comes second sees the other, so a name never stands for
+//! packs that are being deleted, and one that is moved keeps what it stood for until the new is safe.
 
 use std::collections::HashSet;
 
@@ -120,25 +121,27 @@ impl Store {
             written_unix_ms: now_unix_ms(),
             expires_unix_ms: request.expires_unix_ms,
         };
-        self.swap_reference(&request.name, version.as_ref(), Some(&reference))?;
-
         let mut own: HashSet<PackId> = layout.stored.iter().map(|p| p.id).collect();
         own.extend(meta.packs());
-        let lost = match self.find_lost(&own, &layout.reused, request, parent, root_id) {
-            Ok(lost) => lost,
-            Err(e) => {
-                // Not known to be whole, so not acknowledged: the name goes back to what it was, if that can be
-                // done at all, and the error that matters is the first.
-                if let Err(why) = self.take_back(request, current.as_ref(), &reference) {
-                    tracing::warn!(%why, name = %request.name, "the name could not be put back");
-                }
-                return Err(e);
+        let announced = self.announce(&reference)?;
+        let proven = self.find_lost(&own, &layout.reused, request, parent, root_id).and_then(|lost| {
+            if lost.is_empty() {
+                return Ok(());
             }
-        };
-        if !lost.is_empty() {
             index.forget(&lost);
-            self.take_back(request, current.as_ref(), &reference)?;
-            return Err(StoreError::LostRace { packs: lost.len() });
+            Err(StoreError::LostRace { packs: lost.len() })
+        });
+        let moved = proven.and_then(|()| {
+            announced.check_time()?;
+            self.swap_reference(&request.name, version.as_ref(), Some(&reference))
+        });
+        match moved {
+            // It may move yet, if the request is still on its way: the announcement stays until it is too old.
+            Err(e @ StoreError::Unavailable { .. }) => return Err(e),
+            moved => {
+                announced.withdraw();
+                moved?;
+            }
         }
 
         let reference_bytes = reference.encode(&self.domain).len() as u64;
@@ -152,7 +155,7 @@ impl Store {
         Ok(report)
     }
 
-    /// Which of the packs a new snapshot needs are gone or marked for deletion. Called after its reference moved.
+    /// Which of the packs a new snapshot needs are gone or marked for deletion. Called after it was announced.
     fn find_lost(
         &self,
         own: &HashSet<PackId>,
@@ -164,7 +167,7 @@ impl Store {
         let mut needed: HashSet<PackId> = own.union(reused).copied().collect();
         // As long as the parent's reference stood, whatever is reached through it was never garbage.
         if let (Some(name), Some(parent)) = (&request.parent, parent)
-            && *name != request.name
+            && *name != request.name // The swap sees to that one.
             && self.reference(name)?.0.as_ref() != Some(parent.reference())
         {
             needed.extend(self.packs_of(parent)?);
@@ -199,18 +202,6 @@ impl Store {
             }
         }
         Ok(packs)
-    }
-
-    /// Puts the reference back to what it was before; somebody else may have moved it on meanwhile.
-    fn take_back(&self, request: &ImportRequest, before: Option<&Reference>, ours: &Reference) -> Result<()> {
-        let (now, version) = self.reference(&request.name)?;
-        if now.as_ref() != Some(ours) {
-            return Ok(());
-        }
-        match self.swap_reference(&request.name, version.as_ref(), before) {
-            Err(StoreError::Conflict { .. }) => Ok(()),
-            other => other,
-        }
     }
 
     /// Reads the footers of packs that the index does not know, newest first and up to a bound, so that a host with

@@ -1,0 +1,73 @@
+//! Announcements: snapshots about to get a name, so that garbage collection keeps what they need.
+//!
+//! An object with the bytes of the reference to be, deleted when the reference moved or did not. What a writer that died
+//! leaves behind counts for [`StoreOptions::lease`](crate::StoreOptions::lease), by the store's clock, and is then
+//! garbage itself.
+
+use std::time::{Duration, Instant};
+
+use dormouse_core::Reference;
+
+use crate::{
+    error::{Result, StoreError},
+    store::Store,
+};
+
+/// A snapshot that is announced.
+pub(crate) struct Announced<'a> {
+    store: &'a Store,
+    key: String,
+    since: Instant,
+}
+
+impl Store {
+    /// Announces what `reference` will stand for.
+    pub(crate) fn announce(&self, reference: &Reference) -> Result<Announced<'_>> {
+        let key = self.keys.announced(reference.root);
+        let since = Instant::now();
+        self.put_content(&key, reference.encode(&self.domain))?;
+        Ok(Announced { store: self, key, since })
+    }
+
+    /// All announcements that still count at `now` by the store's clock, and the keys of those that do not.
+    pub(crate) fn announcements(&self, now_unix_ms: u64) -> Result<(Vec<Reference>, Vec<String>)> {
+        let (mut valid, mut stale) = (Vec::new(), Vec::new());
+        let lease_ms = self.lease.as_millis() as u64;
+        self.backend.list(&self.keys.announced_all(), &mut |meta| {
+            let counts = meta.modified_unix_ms.saturating_add(lease_ms) > now_unix_ms;
+            if counts { valid.push(meta.key) } else { stale.push(meta.key) }
+        })?;
+        let mut references = Vec::new();
+        for key in valid {
+            // `None`: withdrawn between the listing and now.
+            let Some(object) = self.backend.get(&key, None)? else { continue };
+            let decoded = Reference::decode(&self.domain, None, &object);
+            references.push(decoded.map_err(|why| StoreError::Damaged { key, why })?);
+        }
+        Ok((references, stale))
+    }
+}
+
+impl Announced<'_> {
+    /// Fails if it is so long ago that a collector may soon take the writer for dead.
+    pub(crate) fn check_time(&self) -> Result<()> {
+        if self.since.elapsed() < self.store.lease.max(SHORTEST_LEASE) / 2 {
+            return Ok(());
+        }
+        Err(StoreError::Unavailable {
+            doing: format!("moving a name after {}", self.key),
+            store: self.store.url().to_owned(),
+            why: "proving that all of it is stored took too long".into(),
+        })
+    }
+
+    /// Ends it. One that cannot be deleted ends by itself.
+    pub(crate) fn withdraw(self) {
+        if let Err(why) = self.store.backend.delete(&self.key) {
+            tracing::warn!(%why, "an announcement stays until it is too old to count");
+        }
+    }
+}
+
+/// Writers are not asked to be faster than this, whatever a collector takes for dead.
+const SHORTEST_LEASE: Duration = Duration::from_secs(60);
