@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::commands::{demo, du, export, gc, import, key, ls, repack, rm, serve_uffd, show, verify};
+use crate::commands::{
+    demo, du, export, gc, import, key, ls, repack, resume, rm, serve_uffd, show, standby, verify,
+};
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
 #[derive(Debug, Parser)]
@@ -78,6 +80,12 @@ pub(crate) enum Command {
     DemoGuest(demo::guest::DemoGuestCommand),
     /// Serve the memory of Firecracker VMs from a snapshot, page by page, over its userfaultfd handshake
     ServeUffd(serve_uffd::ServeUffdArgs),
+    /// Wake a VM from the store
+    #[command(subcommand)]
+    Resume(resume::ResumeCommand),
+    /// Put a running VM on standby: into the store, and out of this host
+    #[command(subcommand)]
+    Standby(standby::StandbyCommand),
     /// Make and look at encryption keys
     #[command(subcommand)]
     Key(key::KeyCommand),

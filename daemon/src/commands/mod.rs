@@ -8,9 +8,11 @@ pub(crate) mod import;
 pub(crate) mod key;
 pub(crate) mod ls;
 pub(crate) mod repack;
+pub(crate) mod resume;
 pub(crate) mod rm;
 pub(crate) mod serve_uffd;
 pub(crate) mod show;
+pub(crate) mod standby;
 pub(crate) mod verify;
 
 use crate::{
@@ -34,6 +36,8 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Gc(args) => gc::run(&args, context),
         Command::Repack(args) => repack::run(&args, context),
         Command::ServeUffd(args) => serve_uffd::run(&args, context),
+        Command::Resume(command) => resume::run(command, context),
+        Command::Standby(command) => standby::run(&command, context),
         Command::Key(command) => key::run(&command, context),
     }
 }

@@ -139,7 +139,9 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
             let session = next_session(&incoming, &source, args.serving.options());
             let ended = ended.clone();
             // The receiver lives as long as this scope.
-            std::thread::spawn(move || ended.send(outlive(session)));
+            std::thread::spawn(move || {
+                let _ = ended.send(outlive(session));
+            });
         }
     })
 }

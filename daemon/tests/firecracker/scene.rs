@@ -1,12 +1,12 @@
 //! A directory with a store, and Firecrackers in it.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use dormouse_vmm_glue::firecracker::{ApiClient, ConsoleInput, Firecracker, FirecrackerOptions};
+use dormouse_vmm_glue::firecracker::{ConsoleInput, Firecracker, FirecrackerOptions};
 use dormouse_vmm_glue::guest::{self, GuestParams, elf};
 use serde_json::Value;
 
@@ -92,10 +92,6 @@ impl Scene {
         machine.console.wait_for("R", 1);
         machine
     }
-
-    pub(crate) fn api(&self, socket: &str) -> ApiClient {
-        ApiClient::new(&self.path(socket), PATIENCE)
-    }
 }
 
 pub(crate) struct Machine {
@@ -155,6 +151,19 @@ impl Running {
         self.0.take().unwrap().wait_with_output().unwrap()
     }
 
+    /// Waits for its end, which must be a good one.
+    pub(crate) fn done(self) {
+        let output = self.end();
+        assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// What it says of errors; to be asked once it has ended.
+    pub(crate) fn stderr(&mut self) -> String {
+        let mut text = String::new();
+        self.child().stderr.as_mut().unwrap().read_to_string(&mut text).unwrap();
+        text
+    }
+
     pub(crate) fn kill(mut self) {
         let mut child = self.0.take().unwrap();
         child.kill().unwrap();
@@ -179,8 +188,9 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Its file is there a moment before it is listened on.
 pub(crate) fn wait_for_socket(path: &Path) {
-    wait_until("a socket", || path.exists());
+    wait_until("a socket", || UnixStream::connect(path).is_ok());
 }
 
 /// A peer that says `bytes` and hangs up, or stays.

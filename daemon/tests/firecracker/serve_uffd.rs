@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::scene::{Console, PATIENCE, Running, Scene, document, say, scene, wait_for_socket, wait_until};
 
 /// Boots, snapshots, imports as `vm`, and leaves nothing but the store and the vmstate file.
-fn parked(scene: &Scene) -> Console {
+pub(crate) fn parked(scene: &Scene) -> Console {
     let machine = scene.boot(false);
     machine.console.wait_for(".", 1);
     let api = machine.process.api(PATIENCE);

@@ -12,6 +12,7 @@ pub mod http;
 pub mod incoming;
 pub mod listener;
 pub mod memfile;
+mod patient;
 pub mod process;
 pub mod regions;
 pub mod session;

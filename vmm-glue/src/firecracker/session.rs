@@ -11,6 +11,7 @@ use dormouse_restore::{
 };
 
 use super::handshake::{Handshake, Peer};
+use super::patient::Patient;
 use super::regions::{self, Region};
 use super::vmm_process::{VmmProcess, VmmProcessError};
 
@@ -200,7 +201,7 @@ fn plan(source: Arc<dyn PageSource>, regions: &[Region]) -> Result<Plan, Session
         pages: PageCount(r.bytes / PAGE_BYTES as u64),
         page_size: page_size(r.page_size),
     };
-    Ok(Plan::new(source, &regions.iter().map(spec).collect::<Vec<_>>())?)
+    Ok(Plan::new(Arc::new(Patient(source)), &regions.iter().map(spec).collect::<Vec<_>>())?)
 }
 
 fn announced(regions: &[Region]) -> Vec<AnnouncedRegion> {

@@ -1,0 +1,299 @@
+//! `dormouse resume firecracker NAME`: a VM wakes from the store.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::{Args, Subcommand};
+use dormouse_chunkstore::Snapshot;
+use dormouse_core::Name;
+use dormouse_restore::PageSource;
+use dormouse_vmm_glue::firecracker::{
+    ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
+    Incoming, Session, VmmProcess, handshake::Peer, memfile::MemFile, tracking::Base,
+};
+use serde::Serialize;
+
+use super::{
+    serve_uffd::{
+        HANDSHAKE_PATIENCE, ServingArgs, listen_failure, memory_of, outlive, print_report, thread_failure,
+    },
+    standby::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure},
+};
+use crate::{
+    context::{self, Context},
+    failure::{Failure, Status},
+};
+
+/// How long Firecracker may take to start, and to ask for its memory.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The kind of failure of a VM that did not come for its memory.
+const NOBODY_CAME: &str = "vmm";
+
+/// Which VMM.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ResumeCommand {
+    /// A guest of stock Firecracker; serves its memory until it ends
+    Firecracker(ResumeArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ResumeArgs {
+    /// The snapshot
+    #[arg(value_parser = context::name)]
+    name: Name,
+
+    /// Start this Firecracker; without it, use the one that listens at --api-socket and has no guest yet
+    #[arg(long, value_name = "BIN", required_unless_present = "api_socket")]
+    firecracker: Option<PathBuf>,
+
+    /// Firecracker's API socket [default: in a temporary directory]
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+
+    /// Write Firecracker's standard output, and with it the guest's serial port, to this file
+    #[arg(long, value_name = "FILE", requires = "firecracker")]
+    console: Option<PathBuf>,
+
+    /// Write what was served to this file as JSON once the VM has ended
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+
+    /// Do not let Firecracker track dirty pages: the next standby captures all memory
+    #[arg(long)]
+    no_dirty_tracking: bool,
+
+    #[command(flatten)]
+    serving: ServingArgs,
+}
+
+#[derive(Debug, Serialize)]
+struct Document {
+    name: String,
+    snapshot: String,
+    pid: i32,
+    api_socket: PathBuf,
+    /// From the request until the guest ran.
+    resumed_us: u64,
+    /// What had happened when, from the request on.
+    phases: Vec<Phase>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Phase {
+    name: String,
+    at_us: u64,
+}
+
+/// Notes what has happened.
+struct Timeline {
+    begun: Instant,
+    phases: Vec<Phase>,
+}
+
+impl Timeline {
+    fn mark(&mut self, name: &str) {
+        self.phases.push(Phase { name: name.into(), at_us: micros(self.begun.elapsed()) });
+    }
+}
+
+/// A Firecracker, started here or found.
+struct Vmm {
+    api: ApiClient,
+    api_socket: PathBuf,
+    /// Killed when dropped, until it is let go.
+    _started: Option<Firecracker>,
+}
+
+pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, Failure> {
+    let ResumeCommand::Firecracker(args) = command;
+    let mut timeline = Timeline { begun: Instant::now(), phases: Vec::new() };
+    // Sockets that nobody else can reach, gone when this process ends.
+    let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
+    let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;
+    // Firecracker starts while the store is asked.
+    let (opened, vmm) = thread::scope(|scope| {
+        let vmm = scope.spawn(|| vmm(&args, scratch.path()));
+        let opened = open(&args, context);
+        timeline.mark("open");
+        let vmm = vmm.join().unwrap_or_else(|_| Err(Failure::new("bug", "starting Firecracker panicked")));
+        (opened, vmm)
+    });
+    let ((snapshot, source, state), vmm) = (opened?, vmm?);
+    timeline.mark("spawn");
+
+    let socket = scratch.path().join("uffd.sock");
+    let session = load(&args, &vmm, &socket, &state, source, &mut timeline)?;
+    remember(&args, &snapshot, &session);
+    if let Err(error) = vmm.api.resume() {
+        give_up(session.process());
+        return Err(because(&session, &error));
+    }
+    session.restore().mark("resumed");
+    timeline.mark("resume");
+
+    let document = Document {
+        name: args.name.to_string(),
+        snapshot: snapshot.reference().snapshot.to_string(),
+        pid: session.process().peer().pid,
+        api_socket: vmm.api_socket.clone(),
+        resumed_us: micros(timeline.begun.elapsed()),
+        phases: timeline.phases.clone(),
+    };
+    context.print(&document, |out| print_text(out, &document))?;
+    // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
+    let report = outlive(session)?;
+    drop(vmm);
+    let written = args.report.as_ref().map(|path| (path, serde_json::to_vec_pretty(&report)));
+    if let Some((path, Ok(bytes))) = written {
+        std::fs::write(path, bytes).map_err(|e| Failure::file("writing", path, &e))?;
+    }
+    let mut text = Vec::new();
+    // Writing to memory does not fail.
+    let _ = print_report(&mut text, &report);
+    tracing::info!("{}", String::from_utf8_lossy(&text));
+    match report.killed_because {
+        Some(why) => {
+            let why = format!("process {} was killed rather than given a wrong page: {why}", report.pid);
+            Err(Failure::new("vm_killed", why))
+        }
+        None => Ok(Status::Done),
+    }
+}
+
+/// The snapshot, its memory and its device state.
+fn open(args: &ResumeArgs, context: &Context) -> Result<(Snapshot, Arc<dyn PageSource>, MemFile), Failure> {
+    let snapshot = context.open_store()?.open_snapshot(&args.name)?;
+    let source = memory_of(&snapshot)?;
+    let state = MemFile::holding("dormouse-vmstate", &snapshot.read_blob(VMSTATE)?);
+    Ok((snapshot, source, state.map_err(|e| Failure::new("memory", e.to_string()))?))
+}
+
+fn vmm(args: &ResumeArgs, scratch: &Path) -> Result<Vmm, Failure> {
+    let api_socket = args.api_socket.clone().unwrap_or_else(|| scratch.join("api.sock"));
+    let started = match &args.firecracker {
+        None => None,
+        Some(binary) => {
+            let options = FirecrackerOptions {
+                binary: binary.clone(),
+                api_socket: api_socket.clone(),
+                console: args.console.clone().unwrap_or_else(|| "/dev/null".into()),
+                input: ConsoleInput::Inherited,
+                log: None,
+            };
+            Some(Firecracker::spawn(&options, START_PATIENCE).map_err(|e| vmm_failure(&e))?)
+        }
+    };
+    Ok(Vmm { api: ApiClient::new(&api_socket, API_PATIENCE), api_socket, _started: started })
+}
+
+/// Loads the device state into `vmm` while its memory is served. Firecracker reads guest memory on the way.
+fn load(
+    args: &ResumeArgs,
+    vmm: &Vmm,
+    socket: &Path,
+    state: &MemFile,
+    source: Arc<dyn PageSource>,
+    timeline: &mut Timeline,
+) -> Result<Session, Failure> {
+    let listener = HandshakeListener::bind(socket).map_err(|e| listen_failure(&e))?;
+    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
+    let process = process_at(&vmm.api_socket)?;
+    thread::scope(|scope| {
+        let loading =
+            scope.spawn(|| vmm.api.load_snapshot_uffd(&state.path(), socket, !args.no_dirty_tracking, false));
+        let session =
+            wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
+                timeline.mark("handshake");
+                Session::start(handshake, source, args.serving.options())
+                    .map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
+            });
+        if session.is_err() {
+            // It would wait for its memory for ever, and so would the thread that loads it.
+            give_up(&process);
+        }
+        let loaded = loading.join().unwrap_or_else(|_| {
+            Err(ApiError::Response {
+                request: "PUT /snapshot/load".into(),
+                what: "the thread that asked panicked".into(),
+            })
+        });
+        match (session, loaded) {
+            (Ok(session), Ok(())) => {
+                timeline.mark("load");
+                Ok(session)
+            }
+            (Ok(session), Err(error)) => {
+                give_up(&process);
+                Err(because(&session, &error))
+            }
+            // What Firecracker itself says is nearer to the cause than that it did not come.
+            (Err(failure), Err(error @ ApiError::Refused { .. })) if failure.kind == NOBODY_CAME => {
+                Err(vmm_failure(&error))
+            }
+            (Err(failure), _) => Err(failure),
+        }
+    })
+}
+
+/// The handshake of `expected`. Whoever else comes to the socket is not the VM.
+fn wait_for_handshake(
+    incoming: &Incoming,
+    expected: Peer,
+    gave_up: impl Fn() -> bool,
+) -> Result<Handshake, Failure> {
+    let deadline = Instant::now() + START_PATIENCE;
+    loop {
+        // In this order: a VM that came and went on has a handshake waiting.
+        let over = gave_up() || Instant::now() >= deadline;
+        match incoming.next(if over { Duration::from_millis(200) } else { Duration::from_millis(5) }) {
+            Some(Ok(handshake)) if handshake.peer.pid == expected.pid => return Ok(handshake),
+            Some(Ok(handshake)) => {
+                tracing::warn!(pid = handshake.peer.pid, "a peer that is not the VM was sent away");
+            }
+            Some(Err(error)) => tracing::warn!(%error, "a peer was sent away"),
+            None if over => return Err(Failure::new(NOBODY_CAME, "Firecracker did not ask for its memory")),
+            None => {}
+        }
+    }
+}
+
+/// Ends a VM that did not come up.
+fn give_up(process: &VmmProcess) {
+    if let Err(error) = process.kill() {
+        tracing::error!(pid = process.peer().pid, %error, "Firecracker cannot be killed: end it yourself");
+    }
+}
+
+/// What Firecracker said, and what was wrong with its memory if anything was.
+fn because(session: &Session, error: &ApiError) -> Failure {
+    match session.report().killed_because {
+        Some(why) => {
+            Failure::new("vm_killed", format!("Firecracker was killed rather than given a wrong page: {why}"))
+        }
+        None => vmm_failure(error),
+    }
+}
+
+/// The next standby may then capture only what changed.
+fn remember(args: &ResumeArgs, snapshot: &Snapshot, session: &Session) {
+    if args.no_dirty_tracking {
+        return;
+    }
+    let base = Base { name: args.name.to_string(), snapshot: snapshot.reference().snapshot.to_string() };
+    let remembered = tracking().map(|tracking| tracking.remember(session.process(), &base));
+    if !matches!(remembered, Ok(Ok(()))) {
+        tracing::warn!("the next standby of this VM will capture all of its memory");
+    }
+}
+
+fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
+    writeln!(out, "{} runs in Firecracker, process {}", d.name, d.pid)?;
+    writeln!(out, "  API at {}", d.api_socket.display())?;
+    d.phases.iter().try_for_each(|p| writeln!(out, "  {:<10} {:>9.1} ms", p.name, p.at_us as f64 / 1e3))
+}

@@ -1,0 +1,304 @@
+//! `dormouse standby firecracker NAME`: a running VM goes into the store, and out of this host.
+
+use std::{
+    io::{self, Write},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use clap::{Args, Subcommand};
+use dormouse_chunkstore::{
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, Store,
+};
+use dormouse_core::{ImageId, ImageKind, Name};
+use dormouse_vmm_glue::firecracker::{
+    ApiClient, VmmProcess,
+    api::SnapshotKind,
+    capture::{self, Capture},
+    memfile,
+    tracking::{Base, Tracking},
+};
+use serde::Serialize;
+
+use super::import::MEMORY;
+use crate::{
+    context::{self, Context},
+    failure::{Failure, Status},
+    human,
+};
+
+/// What Firecracker's device state is called in a snapshot.
+pub(crate) const VMSTATE: &str = "vmstate";
+/// How long Firecracker may take over a request: a full snapshot copies all of the guest's memory.
+pub(crate) const API_PATIENCE: Duration = Duration::from_secs(600);
+/// How long a killed VMM may take to be gone.
+const END_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Which VMM.
+#[derive(Debug, Subcommand)]
+pub(crate) enum StandbyCommand {
+    /// A guest of stock Firecracker
+    Firecracker(StandbyArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct StandbyArgs {
+    /// What the snapshot will be called
+    #[arg(value_parser = context::name)]
+    name: Name,
+
+    /// The API socket of the running Firecracker
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    /// The snapshot the VM was woken from, or was last captured as [default: the one this host remembers]
+    #[arg(long, value_name = "NAME", value_parser = context::name)]
+    parent: Option<Name>,
+
+    /// Let the guest go on as soon as its snapshot is in this host's memory, and do not end it
+    #[arg(long)]
+    keep_running: bool,
+
+    /// Capture all memory, even where only what changed would do
+    #[arg(long)]
+    full: bool,
+
+    /// Give the name to this snapshot even if another one has it
+    #[arg(long)]
+    replace: bool,
+
+    /// How hard to compress: 1 (fast) to 19 (dense)
+    #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
+          value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: i32,
+}
+
+#[derive(Debug, Serialize)]
+struct Document {
+    name: String,
+    snapshot: String,
+    parent: Option<String>,
+    /// "full" or "diff".
+    kind: &'static str,
+    /// Why all memory was captured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full_because: Option<&'static str>,
+    pid: i32,
+    ended: bool,
+    /// How long the guest stood still, or had to before it could have gone on.
+    pause_us: u64,
+    /// From the request until the snapshot was whole in this host's memory.
+    resumable_us: u64,
+    /// From the request until it was durable in the store.
+    durable_us: u64,
+    phases: Phases,
+    /// Bytes of memory captured.
+    captured_bytes: u64,
+    import: ImportReport,
+}
+
+/// Each of these follows the one before.
+#[derive(Debug, Default, Serialize)]
+struct Phases {
+    check_us: u64,
+    pause_us: u64,
+    snapshot_us: u64,
+    resume_us: u64,
+    import_us: u64,
+    end_us: u64,
+}
+
+/// What is captured, and over which parent it is stored.
+struct Choice {
+    kind: SnapshotKind,
+    parent: Option<Name>,
+    full_because: Option<&'static str>,
+}
+
+pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
+    let StandbyCommand::Firecracker(args) = command;
+    let begun = Instant::now();
+    let api = ApiClient::new(&args.api_socket, API_PATIENCE);
+    let process = process_at(&args.api_socket)?;
+    let tracking = tracking()?;
+    let store = context.open_store()?;
+    let choice = choose(args, &api, &process, &tracking, &store)?;
+    let check_us = micros(begun.elapsed());
+
+    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
+    tracking.forget(&process).map_err(|e| Failure::new("tracking", e.to_string()))?;
+    let captured = capture::capture(&api, choice.kind, args.keep_running).map_err(|e| vmm_failure(&e))?;
+    let resumable_us = micros(begun.elapsed());
+    tracing::info!(resumable_us, "resumable on this host");
+
+    let importing = Instant::now();
+    let request = request(args, &choice, &captured)?;
+    let report = store.import(&request, &context.progress("storing"));
+    let report = report.map_err(|error| give_back(args, &api, &captured, error.into()))?;
+    let (import_us, durable_us) = (micros(importing.elapsed()), micros(begun.elapsed()));
+    tracing::info!(durable_us, "durable in the store");
+
+    let ending = Instant::now();
+    if args.keep_running {
+        let base = Base { name: args.name.to_string(), snapshot: report.snapshot.clone() };
+        if let Err(error) = tracking.remember(&process, &base) {
+            tracing::warn!(%error, "the next standby of this VM will capture all of its memory");
+        }
+    } else {
+        end(&process)?;
+    }
+    let times = captured.times;
+    let document = Document {
+        name: args.name.to_string(),
+        snapshot: report.snapshot.clone(),
+        parent: choice.parent.map(|p| p.to_string()),
+        kind: if choice.kind == SnapshotKind::Full { "full" } else { "diff" },
+        full_because: choice.full_because,
+        pid: process.peer().pid,
+        ended: !args.keep_running,
+        pause_us: micros(times.paused),
+        resumable_us,
+        durable_us,
+        phases: Phases {
+            check_us,
+            pause_us: micros(times.pause),
+            snapshot_us: micros(times.snapshot),
+            resume_us: micros(times.resume),
+            import_us,
+            end_us: micros(ending.elapsed()),
+        },
+        captured_bytes: captured.memory.stored_bytes().map_err(|e| Failure::new("memory", e.to_string()))?,
+        import: report,
+    };
+    context.print(&document, |out| print_text(out, &document))?;
+    Ok(Status::Done)
+}
+
+/// The Firecracker that listens at `socket`.
+pub(crate) fn process_at(socket: &std::path::Path) -> Result<VmmProcess, Failure> {
+    let connection = UnixStream::connect(socket).map_err(|e| {
+        Failure::new("vmm", format!("no Firecracker answers at {}: {e}; is it running?", socket.display()))
+    })?;
+    VmmProcess::of(&connection).map_err(|e| Failure::new("vmm", e.to_string()))
+}
+
+/// This host's memory of what dirty pages are counted from.
+pub(crate) fn tracking() -> Result<Tracking, Failure> {
+    let directory = match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(directory) if directory.is_absolute() => directory.join("dormouse"),
+        _ => std::env::temp_dir().join(format!("dormouse-{}", rustix::process::geteuid().as_raw())),
+    };
+    Tracking::open(&directory).map_err(|e| Failure::file("using", &directory, &e))
+}
+
+fn choose(
+    args: &StandbyArgs,
+    api: &ApiClient,
+    process: &VmmProcess,
+    tracking: &Tracking,
+    store: &Store,
+) -> Result<Choice, Failure> {
+    // What can be refused is refused before the guest is touched.
+    capture::is_running(api).map_err(|e| vmm_failure(&e))?;
+    let base = tracking.base_of(process);
+    let stands_for_base = |name: &Name| {
+        let snapshot = store.open_snapshot(name).ok().map(|s| s.reference().snapshot.to_string());
+        snapshot.is_some() && snapshot == base.as_ref().map(|b| b.snapshot.clone())
+    };
+    let parent = match &args.parent {
+        Some(parent) => {
+            store.open_snapshot(parent)?;
+            Some(parent.clone())
+        }
+        None => base.as_ref().and_then(|b| Name::new(&b.name).ok()).filter(|name| stands_for_base(name)),
+    };
+    if !args.replace && parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
+        return Err(Failure::usage(format!(
+            "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
+            args.name
+        )));
+    }
+    let full_because = if args.full {
+        Some("--full asks for it")
+    } else if parent.is_none() {
+        Some("there is no parent")
+    } else if !parent.as_ref().is_some_and(stands_for_base) {
+        Some("this host does not know the VM to have come from the parent")
+    } else if !capture::tracks_dirty_pages(api).map_err(|e| vmm_failure(&e))? {
+        Some("Firecracker does not track dirty pages")
+    } else if !memfile::holes_are_exact() {
+        Some("transparent huge pages blur what changed in files in memory")
+    } else {
+        None
+    };
+    let kind = if full_because.is_some() { SnapshotKind::Full } else { SnapshotKind::Diff };
+    Ok(Choice { kind, parent, full_because })
+}
+
+fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<ImportRequest, Failure> {
+    let id = |id: &str| ImageId::new(id).map_err(|e| Failure::usage(e.to_string()));
+    let memory = ImageSource {
+        id: id(MEMORY)?,
+        kind: ImageKind::Memory,
+        path: captured.memory.path(),
+        dirty: (captured.kind == SnapshotKind::Diff).then_some(Dirty::FileData),
+    };
+    let state = captured.state.read().map_err(|e| Failure::new("memory", e.to_string()))?;
+    Ok(ImportRequest {
+        parent: choice.parent.clone(),
+        images: vec![memory],
+        blobs: vec![BlobSource { id: id(VMSTATE)?, bytes: BlobBytes::Memory(state) }],
+        level: args.level,
+        replace: args.replace,
+        ..ImportRequest::new(args.name.clone())
+    })
+}
+
+/// The store did not take the snapshot: the VM goes on as if nothing had happened.
+fn give_back(args: &StandbyArgs, api: &ApiClient, captured: &Capture, failure: Failure) -> Failure {
+    let state = if args.keep_running || !captured.was_running {
+        "the VM is as it was".to_owned()
+    } else {
+        match api.resume() {
+            Ok(()) => "the VM runs on".to_owned(),
+            Err(error) => format!("the VM is still there, paused, and could not be resumed ({error})"),
+        }
+    };
+    Failure { message: format!("{}; nothing was stored and {state}", failure.message), ..failure }
+}
+
+fn end(process: &VmmProcess) -> Result<(), Failure> {
+    let pid = process.peer().pid;
+    let failed = |why: String| {
+        Failure::new(
+            "vmm",
+            format!("the snapshot is durable, but Firecracker ({pid}) {why}; it is paused: end it yourself"),
+        )
+    };
+    process.kill().map_err(|e| failed(format!("cannot be killed: {e}")))?;
+    match process.wait_ended(END_PATIENCE) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(failed("does not end".into())),
+        Err(error) => Err(failed(format!("cannot be waited for: {error}"))),
+    }
+}
+
+pub(crate) fn vmm_failure(error: &dyn std::error::Error) -> Failure {
+    Failure::new("vmm", error.to_string())
+}
+
+pub(crate) fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
+    let ms = |us: u64| us as f64 / 1e3;
+    writeln!(out, "{} is on standby ({} capture of {})", d.name, d.kind, human::bytes(d.captured_bytes))?;
+    writeln!(out, "  guest paused  {:>9.1} ms", ms(d.pause_us))?;
+    writeln!(out, "  resumable     {:>9.1} ms", ms(d.resumable_us))?;
+    writeln!(out, "  durable       {:>9.1} ms", ms(d.durable_us))?;
+    writeln!(out, "  stored        {:>9}", human::bytes(d.import.stored_bytes))?;
+    let vm = if d.ended { "has ended" } else { "runs on" };
+    writeln!(out, "  Firecracker ({}) {vm}", d.pid)
+}
