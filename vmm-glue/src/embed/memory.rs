@@ -98,8 +98,8 @@ impl ImageFile {
             return Ok(Self { file });
         }
         let file = memory_file(image_bytes(memory)).map_err(SleepError::File)?;
-        let whole = [0..image_bytes(memory).div_ceil(PAGE)];
-        for range in ranges.unwrap_or(&whole) {
+        let whole = 0..image_bytes(memory).div_ceil(PAGE);
+        for range in ranges.unwrap_or(std::slice::from_ref(&whole)) {
             copy(memory, &file, range.start * PAGE..range.end * PAGE)?;
         }
         Ok(Self { file: Arc::new(file) })

@@ -2,11 +2,11 @@
 
 use std::io;
 
-use dormouse_chunkstore::{Snapshot, StoreError};
+use dormouse_chunkstore::{Resume, ResumeStream, Snapshot, StoreError};
 use dormouse_core::{ImageKind, PageCount, PageIndex};
 use dormouse_restore::{
     Memory, PageRun, PageSize, PageSource as _, Plan, PlanError, Policy, RegionSpec, Restore, RestoreError,
-    RestoreHandle, SourceError, StoredImage, Uffd, UffdError, UffdOptions, VmStopped,
+    RestoreHandle, SourceError, StoredImage, StreamFill, Uffd, UffdError, UffdOptions, VmStopped,
 };
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -15,15 +15,19 @@ use super::MEMORY_ID;
 use super::working_set::{stored_working_set, touched_runs};
 use crate::sys::guest_mapping::GuestMapping;
 
+/// Threads that decode a resume stream.
+const STREAM_WORKERS: usize = 2;
+
 /// What is brought in before the guest asks for it. Faults always come first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Prefetch {
     /// Nothing: every page faults.
     Nothing,
-    /// The working set stored with the snapshot; without one, everything.
+    /// The snapshot's resume stream (see [`wake_resume`]) or, without one, the working set stored with it; without
+    /// either, everything.
     #[default]
     WorkingSet,
-    /// The working set if there is one, then everything else in the order of the image.
+    /// Stream or working set if there is one, and everything else in the order of the image.
     Everything,
     /// These runs of image pages, in this order.
     Runs(Vec<PageRun>),
@@ -129,6 +133,28 @@ impl Woken {
 /// # Errors
 /// [`WakeError`]. Where userfaultfd is not permitted, the message says how to permit it.
 pub fn wake(snapshot: &Snapshot, regions: &[(GuestAddress, usize)], wake: Wake) -> Result<Woken, WakeError> {
+    wake_with(snapshot, None, regions, wake)
+}
+
+/// As [`wake()`], from a snapshot opened by [`dormouse_chunkstore::Store::open_resume`]: if it has a resume
+/// stream, that is what comes first.
+///
+/// # Errors
+/// As [`wake()`].
+pub fn wake_resume(
+    resume: Resume,
+    regions: &[(GuestAddress, usize)],
+    wake: Wake,
+) -> Result<Woken, WakeError> {
+    wake_with(&resume.snapshot, resume.stream, regions, wake)
+}
+
+fn wake_with(
+    snapshot: &Snapshot,
+    stream: Option<ResumeStream>,
+    regions: &[(GuestAddress, usize)],
+    wake: Wake,
+) -> Result<Woken, WakeError> {
     let image = StoredImage::new(snapshot.image(ImageKind::Memory, MEMORY_ID)?);
     let specs = specs(regions);
     let given = regions.iter().map(|(_, bytes)| *bytes as u64).sum();
@@ -141,23 +167,48 @@ pub fn wake(snapshot: &Snapshot, regions: &[(GuestAddress, usize)], wake: Wake) 
     let uffd = Uffd::create(UffdOptions { remove_events: wake.balloon, kernel_faults: wake.kvm })?;
     let memory = Memory::own(uffd, &mapping.mappings())?;
     let restore = Restore::start(plan, memory, wake.policy)?;
-    let stored = match wake.prefetch {
-        Prefetch::WorkingSet | Prefetch::Everything => stored_working_set(snapshot).unwrap_or_else(|error| {
-            tracing::warn!(%error, "no working set");
-            None
-        }),
-        Prefetch::Nothing | Prefetch::Runs(_) => None,
-    };
-    match (wake.prefetch, stored) {
-        (Prefetch::Nothing, _) => {}
-        (Prefetch::Runs(runs), _) | (Prefetch::WorkingSet, Some(runs)) => restore.prefetch(runs),
-        (Prefetch::Everything, Some(runs)) => {
-            restore.prefetch(runs);
+    match wake.prefetch {
+        Prefetch::Nothing => {}
+        Prefetch::Runs(runs) => restore.prefetch(runs),
+        Prefetch::WorkingSet => {
+            if !first_touched(&restore, snapshot, stream)? {
+                restore.fill_all();
+            }
+        }
+        Prefetch::Everything => {
+            first_touched(&restore, snapshot, stream)?;
             restore.fill_all();
         }
-        (Prefetch::WorkingSet | Prefetch::Everything, None) => restore.fill_all(),
     }
     Ok(Woken { restore, image, mapping })
+}
+
+/// Begins to bring in what the machine is known to touch first; whether that is known.
+fn first_touched(
+    restore: &RestoreHandle,
+    snapshot: &Snapshot,
+    stream: Option<ResumeStream>,
+) -> Result<bool, WakeError> {
+    let index = memory_index(snapshot);
+    if let (Some(stream), Some(index)) = (stream, index) {
+        // It goes on by itself; what it does not bring faults.
+        StreamFill::start(restore, Arc::new(stream), index, STREAM_WORKERS)?;
+        return Ok(true);
+    }
+    let runs = stored_working_set(snapshot).unwrap_or_else(|error| {
+        tracing::warn!(%error, "no working set");
+        None
+    });
+    let known = runs.is_some();
+    restore.prefetch(runs.into_iter().flatten());
+    Ok(known)
+}
+
+/// The place of the machine's memory among the snapshot's images.
+pub(super) fn memory_index(snapshot: &Snapshot) -> Option<u32> {
+    let images = &snapshot.root().images;
+    let at = images.iter().position(|i| i.kind == ImageKind::Memory && i.id.as_str() == MEMORY_ID);
+    at.and_then(|at| u32::try_from(at).ok())
 }
 
 fn specs(regions: &[(GuestAddress, usize)]) -> Vec<RegionSpec> {

@@ -13,7 +13,7 @@
 
 use std::collections::HashSet;
 
-use dormouse_chunkstore::{Snapshot, StoreError};
+use dormouse_chunkstore::{Snapshot, StoreError, StreamReport, TouchedRun};
 use dormouse_core::PageIndex;
 use dormouse_restore::{Content, PageRun, PageSource, RestoreHandle, SourceError, StoredImage};
 
@@ -85,6 +85,18 @@ pub fn stored_working_set(snapshot: &Snapshot) -> Result<Option<Vec<PageRun>>, W
         return Ok(None);
     }
     decode(&snapshot.read_blob(WORKING_SET_ID)?).map(Some).map_err(WorkingSetError::Content)
+}
+
+/// Makes the resume stream of a stored machine, from what it is known to touch first: the next
+/// [`super::wake_resume`] reads that as one object. It can be made again at any time, and done without.
+///
+/// # Errors
+/// The store's.
+pub fn build_stream(snapshot: &Snapshot, runs: &[PageRun]) -> Result<StreamReport, StoreError> {
+    let image = super::wake::memory_index(snapshot).unwrap_or(0);
+    let touched =
+        |run: &PageRun| TouchedRun { image, pages: run.first.0..run.first.0.saturating_add(run.pages) };
+    snapshot.store().build_stream(snapshot, &runs.iter().map(touched).collect::<Vec<_>>())
 }
 
 /// What the machine that `restore` woke from `image` touched so far, in the order of its first touches: of each

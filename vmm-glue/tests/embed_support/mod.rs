@@ -131,9 +131,14 @@ impl Bed {
 
     fn assemble(&self, called: &str, prefetch: Prefetch) -> Awake {
         let shell = (self.host == Host::Kvm).then(|| thread::spawn(VmShell::create));
-        let snapshot = self.store.open_snapshot(&name(called)).expect("stored");
+        let resume = self.store.open_resume(&name(called)).expect("stored");
+        let snapshot = resume.snapshot.clone();
         let (how, withheld) = self.how(prefetch);
-        let woken = embed::wake(&snapshot, &REGIONS, how).expect("wake");
+        let woken = match resume.stream {
+            Some(_) => embed::wake_resume(resume, &REGIONS, how),
+            None => embed::wake(&snapshot, &REGIONS, how),
+        };
+        let woken = woken.expect("wake");
         let (memory, state) = (woken.memory().clone(), snapshot.read_blob("vcpu").expect("state"));
         let guest: Box<dyn Guest> = match shell {
             Some(shell) => {

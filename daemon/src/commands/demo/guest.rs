@@ -157,10 +157,10 @@ fn rehearse(args: &GuestArgs, context: &Context) -> Result<(), Failure> {
     embed::Sleep::new(args.name.clone())
         .parent(args.name.clone())
         .dirty(dirty)
-        .working_set(runs)
         .state(vcpu()?, state)
         .store(&machine.store, machine.woken.memory())
         .map_err(failed)?;
+    embed::build_stream(&machine.store.open_snapshot(&args.name)?, &runs)?;
     Ok(())
 }
 
@@ -176,6 +176,7 @@ fn wake(args: &GuestArgs, context: &Context) -> Result<Woke, Failure> {
         Some(ms((monotonic_now() - begun).saturating_sub(at.elapsed())))
     };
     let Marks { process, open, handshake, first_instruction } = machine.marks;
+    tracing::debug!(timeline = %machine.timeline, restore = ?machine.woken.restore().timeline(), ?counters, "awake");
     Ok(Woke {
         process: ms(process),
         open: ms(open),
@@ -230,11 +231,12 @@ impl Awake {
         });
         let params = params(args)?;
         let store = context.open_store()?;
-        let snapshot = store.open_snapshot(&args.name)?;
+        let resume = store.open_resume(&args.name)?;
+        let snapshot = resume.snapshot.clone();
         let open = now();
         let (withheld, policy) = policy();
         let how = Wake { prefetch, policy, balloon: false, kvm: args.guest == Kind::Kvm };
-        let woken = embed::wake(&snapshot, &regions(&params), how).map_err(failed)?;
+        let woken = embed::wake_resume(resume, &regions(&params), how).map_err(failed)?;
         let handshake = now();
         let mut guest = assemble(shell, woken.memory(), &snapshot, &params, track)?;
         guest.send(Command::Answer);
@@ -291,5 +293,8 @@ fn policy() -> (Arc<Mutex<Option<String>>>, Policy) {
     let kill = move |error: &RestoreError| {
         why.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
     };
-    (withheld, Policy { fail_closed: FailClosed::Kill(Arc::new(kill)), ..Policy::default() })
+    (
+        withheld,
+        Policy { fail_closed: FailClosed::Kill(Arc::new(kill)), prefetch_workers: 1, ..Policy::default() },
+    )
 }
