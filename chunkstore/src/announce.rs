@@ -4,14 +4,20 @@
 //! leaves behind counts for [`StoreOptions::lease`](crate::StoreOptions::lease), by the store's clock, and is then
 //! garbage itself.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
 
 use dormouse_core::Reference;
 
 use crate::{
     error::{Result, StoreError},
-    store::Store,
+    store::{Store, now_unix_ms},
 };
+
+/// Announcements this process made.
+static ATTEMPTS: AtomicU64 = AtomicU64::new(0);
 
 /// A snapshot that is announced.
 pub(crate) struct Announced<'a> {
@@ -23,9 +29,15 @@ pub(crate) struct Announced<'a> {
 impl Store {
     /// Announces what `reference` will stand for.
     pub(crate) fn announce(&self, reference: &Reference) -> Result<Announced<'_>> {
-        let key = self.keys.announced(reference.root);
+        let bytes = reference.encode(&self.domain);
+        // Two writers may be about to give the same root two names, and neither must end what the other announced.
+        let attempt = ATTEMPTS.fetch_add(1, Ordering::Relaxed);
+        let host = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let writer = format!("{host} {} {} {attempt}", std::process::id(), now_unix_ms());
+        let key =
+            self.keys.announced(blake3::Hasher::new().update(&bytes).update(writer.as_bytes()).finalize());
         let since = Instant::now();
-        self.put_content(&key, reference.encode(&self.domain))?;
+        self.put_content(&key, bytes)?;
         Ok(Announced { store: self, key, since })
     }
 

@@ -69,8 +69,8 @@ impl Keys {
     }
 
     /// The announcement of a snapshot that is about to get a name.
-    pub(crate) fn announced(&self, root: RootId) -> String {
-        format!("{}/announced/{root}", self.domain)
+    pub(crate) fn announced(&self, unique: blake3::Hash) -> String {
+        format!("{}/announced/{unique}", self.domain)
     }
 
     /// The lease of whoever collects garbage.
