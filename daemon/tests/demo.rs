@@ -1,4 +1,5 @@
 //! `dormouse demo`, driven as a person would: no time is asserted on, only what the machine found and what is left.
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
 use std::{
     fs,
@@ -86,6 +87,7 @@ fn runs_and_is_right(guest: &str) {
     assert!(brought >= 3 * 256, "an answer alone reads 256 pages: {pages}");
     assert!(pages["prefetched"].as_u64().unwrap() > 0, "the working set was known: {pages}");
     assert_left_nothing(home.path());
+    assert!(!home.path().join(".cache").exists(), "a cache for a store that is gone");
 }
 
 fn left(home: &Path) -> Vec<String> {
@@ -161,6 +163,23 @@ fn a_demo_that_is_killed_leaves_no_files_and_no_processes() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_left_nothing(home.path());
+    for _ in 0..200 {
+        if processes_of(home.path()).is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("the demo left {:?}", processes_of(home.path()));
+}
+
+/// Processes whose arguments name something in `home`, as those of a demo do.
+fn processes_of(home: &Path) -> Vec<String> {
+    let home = home.to_str().unwrap();
+    let lines = fs::read_dir("/proc").unwrap().filter_map(|process| {
+        let line = fs::read(process.ok()?.path().join("cmdline")).ok()?;
+        Some(String::from_utf8_lossy(&line).replace('\0', " "))
+    });
+    lines.filter(|line| line.contains(home)).collect()
 }
 
 #[test]

@@ -145,8 +145,8 @@ fn boot(args: &GuestArgs, context: &Context) -> Result<(), Failure> {
 }
 
 fn rehearse(args: &GuestArgs, context: &Context) -> Result<(), Failure> {
-    let mut machine = Awake::wake(args, context, Prefetch::Nothing, true)?;
-    if machine.watch()? > 0 {
+    let (mut machine, wrong) = Awake::wake(args, context, Prefetch::Nothing, true)?.watched()?;
+    if wrong > 0 {
         return Err(failed("the machine found wrong pages"));
     }
     let runs = machine.woken.working_set().map_err(failed)?;
@@ -165,8 +165,7 @@ fn rehearse(args: &GuestArgs, context: &Context) -> Result<(), Failure> {
 }
 
 fn wake(args: &GuestArgs, context: &Context) -> Result<Woke, Failure> {
-    let machine = Awake::wake(args, context, Prefetch::WorkingSet, false)?;
-    let wrong = machine.watch()?;
+    let (machine, wrong) = Awake::wake(args, context, Prefetch::WorkingSet, false)?.watched()?;
     let console = machine.guest.console();
     let counters = machine.woken.restore().counters();
     let begun = Duration::from_nanos(args.begun);
@@ -246,6 +245,17 @@ impl Awake {
     }
 
     /// Waits for the answer and the first pass over all pages; the number of wrong pages.
+    fn watched(self) -> Result<(Self, u64), Failure> {
+        match self.watch() {
+            Ok(wrong) => Ok((self, wrong)),
+            Err(failure) => {
+                // It may wait for a page that never comes, so it cannot be stopped: it ends with this process.
+                std::mem::forget(self);
+                Err(failure)
+            }
+        }
+    }
+
     fn watch(&self) -> Result<u64, Failure> {
         let console = self.guest.console();
         let passed = |console: &Console| console.count(b'.') + console.count(b'X') > 0;

@@ -46,9 +46,10 @@ impl Place {
             Some(_) => None,
             None => {
                 let temporary = Temporary::new()?;
-                let dir = temporary.dir.as_ref().map(|d| d.path().join("store"));
-                let dir = dir.as_deref().and_then(Path::to_str);
-                global.store = Some(dir.ok_or_else(|| Failure::usage("TMPDIR is not UTF-8"))?.to_owned());
+                let dir = temporary.dir.as_ref().map(tempfile::TempDir::path);
+                let store = dir.map(|d| d.join("store")).and_then(|d| Some(d.to_str()?.to_owned()));
+                global.store = Some(store.ok_or_else(|| Failure::usage("TMPDIR is not UTF-8"))?);
+                global.cache_dir = dir.map(|d| d.join("cache"));
                 Some(temporary)
             }
         };
