@@ -102,6 +102,16 @@ impl Timeline {
     }
 }
 
+impl Timeline {
+    /// Adds what the restore has noted since the handshake, where it began.
+    fn add_restore(&mut self, session: &Session) {
+        let begun = self.phases.iter().find(|p| p.name == "handshake").map_or(0, |p| p.at_us);
+        let noted = session.restore().timeline().phases.into_iter().filter(|p| p.name != "resumed");
+        self.phases.extend(noted.map(|p| Phase { name: p.name, at_us: begun + p.at_us }));
+        self.phases.sort_by_key(|p| p.at_us);
+    }
+}
+
 /// A Firecracker, started here or found.
 struct Vmm {
     api: ApiClient,
@@ -136,6 +146,7 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
     }
     session.restore().mark("resumed");
     timeline.mark("resume");
+    timeline.add_restore(&session);
 
     let document = Document {
         name: args.name.to_string(),
@@ -295,5 +306,5 @@ fn remember(args: &ResumeArgs, snapshot: &Snapshot, session: &Session) {
 fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
     writeln!(out, "{} runs in Firecracker, process {}", d.name, d.pid)?;
     writeln!(out, "  API at {}", d.api_socket.display())?;
-    d.phases.iter().try_for_each(|p| writeln!(out, "  {:<10} {:>9.1} ms", p.name, p.at_us as f64 / 1e3))
+    d.phases.iter().try_for_each(|p| writeln!(out, "  {:<20} {:>9.1} ms", p.name, p.at_us as f64 / 1e3))
 }

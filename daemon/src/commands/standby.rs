@@ -21,8 +21,9 @@ use dormouse_vmm_glue::firecracker::{
 };
 use serde::Serialize;
 
-use super::import::MEMORY;
+use super::import::{MEMORY, distinct};
 use crate::{
+    cli::values::Part,
     context::{self, Context},
     failure::{Failure, Status},
     human,
@@ -55,6 +56,10 @@ pub(crate) struct StandbyArgs {
     /// The snapshot the VM was woken from, or was last captured as [default: the one this host remembers]
     #[arg(long, value_name = "NAME", value_parser = context::name)]
     parent: Option<Name>,
+
+    /// Store this drive's file as well, while the guest stands still; may be given again
+    #[arg(long, value_name = "ID=FILE", conflicts_with = "keep_running")]
+    disk: Vec<Part>,
 
     /// Let the guest go on as soon as its snapshot is in this host's memory, and do not end it
     #[arg(long)]
@@ -119,6 +124,10 @@ struct Choice {
 pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
     let StandbyCommand::Firecracker(args) = command;
     let begun = Instant::now();
+    distinct("--disk", args.disk.iter().map(|d| &d.id))?;
+    if let Some(disk) = args.disk.iter().find(|d| !d.file.exists()) {
+        return Err(Failure::usage(format!("--disk {}: {} does not exist", disk.id, disk.file.display())));
+    }
     let api = ApiClient::new(&args.api_socket, API_PATIENCE);
     let process = process_at(&args.api_socket)?;
     let tracking = tracking()?;
@@ -244,10 +253,16 @@ fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<Im
         path: captured.memory.path(),
         dirty: (captured.kind == SnapshotKind::Diff).then_some(Dirty::FileData),
     };
+    let disks = args.disk.iter().map(|disk| ImageSource {
+        id: disk.id.clone(),
+        kind: ImageKind::Disk,
+        path: disk.file.clone(),
+        dirty: None,
+    });
     let state = captured.state.read().map_err(|e| Failure::new("memory", e.to_string()))?;
     Ok(ImportRequest {
         parent: choice.parent.clone(),
-        images: vec![memory],
+        images: [memory].into_iter().chain(disks).collect(),
         blobs: vec![BlobSource { id: id(VMSTATE)?, bytes: BlobBytes::Memory(state) }],
         level: args.level,
         replace: args.replace,

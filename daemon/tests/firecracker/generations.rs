@@ -12,7 +12,7 @@ const GENERATIONS: usize = 10;
 
 /// A VM that `dormouse resume` woke.
 struct Awake {
-    dormouse: Running,
+    dormouse: Option<Running>,
     console: Console,
     document: Value,
     report: PathBuf,
@@ -35,7 +35,12 @@ fn wake(scene: &Scene, name: &str, host: &str, more: &[&str]) -> Awake {
         }
         document().is_some()
     });
-    Awake { document: document().unwrap(), dormouse, console: Console(console.into()), report }
+    Awake {
+        document: document().unwrap(),
+        dormouse: Some(dormouse),
+        console: Console(console.into()),
+        report,
+    }
 }
 
 fn standby(scene: &Scene, host: &str, socket: &Path, name: &str, more: &[&str]) -> Value {
@@ -59,7 +64,12 @@ fn ten_generations_lose_nothing() {
     let Some(scene) = scene() else { return };
     let machine = scene.boot(true);
     machine.console.wait_for(".", 1);
-    let first = standby(&scene, "host0", &scene.path("boot.sock"), "gen-0", &[]);
+    let disk = scene.text("disk");
+    std::fs::write(&disk, b"a drive's file").unwrap();
+    let with_disk = ["--disk", &format!("root={disk}")];
+    let first = standby(&scene, "host0", &scene.path("boot.sock"), "gen-0", &with_disk);
+    scene.done("host0", &["export", "gen-0", "--disk", &format!("root={disk}.back")]);
+    assert_eq!(std::fs::read(format!("{disk}.back")).unwrap(), b"a drive's file");
     assert_eq!((&first["kind"], &first["ended"]), (&"full".into(), &true.into()), "{first}");
     assert!(first["pause_us"].as_u64() <= first["resumable_us"].as_u64(), "{first}");
     assert!(first["resumable_us"].as_u64() < first["durable_us"].as_u64(), "{first}");
@@ -70,15 +80,23 @@ fn ten_generations_lose_nothing() {
         let (before, now) = (format!("gen-{}", generation - 1), format!("gen-{generation}"));
         let host = format!("host{generation}");
         let mut awake = wake(&scene, &before, &host, &[]);
+        let phases = awake.document["phases"].as_array().unwrap().iter();
+        let names: Vec<_> = phases.map(|p| p["name"].as_str().unwrap()).collect();
+        for phase in ["open", "spawn", "handshake", "first page installed", "load", "resume"] {
+            assert!(names.contains(&phase), "{phase} is not in {names:?}");
+        }
         // Every page of the generation it slept in, then of the next.
         awake.console.wait_for(".", 1);
-        awake.dormouse.type_bytes(b"m");
+        awake.type_bytes(b"m");
         awake.console.wait_for("M", 1);
         let passes = awake.console.times(".");
         awake.console.wait_for(".", passes + 1);
-        awake.dormouse.type_bytes(b"g");
+        awake.type_bytes(b"g");
         awake.console.wait_for(&format!("g{generation:08x}"), 1);
-        awake.dormouse.type_bytes(b"a");
+        // Once it answers again it has read that; a byte on its way would be lost, and leave it parked.
+        let answers = awake.console.times("A");
+        awake.type_bytes(b"a");
+        awake.console.wait_for("A", answers + 1);
 
         let socket = PathBuf::from(awake.document["api_socket"].as_str().unwrap());
         let document = standby(&scene, &host, &socket, &now, &[]);
@@ -86,9 +104,9 @@ fn ten_generations_lose_nothing() {
         let captured = document["captured_bytes"].as_u64().unwrap();
         let rewritten = PAGES / 8 * 4096;
         assert!((rewritten..rewritten + 96 * 4096).contains(&captured), "{captured} for {rewritten}");
-        awake.dormouse.done();
+        awake.done();
         awake.console.assert_no_wrong_page();
-        let report: Value = serde_json::from_slice(&std::fs::read(awake.report).unwrap()).unwrap();
+        let report: Value = serde_json::from_slice(&std::fs::read(&awake.report).unwrap()).unwrap();
         assert_eq!(report["failures"], Value::Array(vec![]), "{report}");
         memories.push(memory(&scene, &now));
     }
@@ -101,7 +119,7 @@ fn ten_generations_lose_nothing() {
         let host = format!("again{generation}");
         let mut awake = wake(&scene, &name, &host, &["--no-prefetch"]);
         awake.console.wait_for(".", 1);
-        awake.dormouse.type_bytes(b"g");
+        awake.type_bytes(b"g");
         awake.console.wait_for(&format!("g{generation:08x}"), 1);
         awake.console.assert_no_wrong_page();
         awake.end();
@@ -109,11 +127,33 @@ fn ten_generations_lose_nothing() {
 }
 
 impl Awake {
+    fn type_bytes(&mut self, bytes: &[u8]) {
+        self.dormouse.as_mut().unwrap().type_bytes(bytes);
+    }
+
+    /// Waits for the end of `dormouse`, whose VM has ended.
+    fn done(&mut self) {
+        self.dormouse.take().unwrap().done();
+    }
+
     /// Ends the VM, and `dormouse` with it.
-    fn end(self) {
+    fn end(mut self) {
+        self.kill_vm();
+        self.done();
+    }
+
+    fn kill_vm(&self) {
         let pid = self.document["pid"].as_u64().unwrap().to_string();
         assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
-        self.dormouse.done();
+    }
+}
+
+impl Drop for Awake {
+    /// A test that failed leaves no VM behind. As long as `dormouse` runs, the VM's number is its own.
+    fn drop(&mut self) {
+        if self.dormouse.as_mut().is_some_and(|d| d.child().try_wait().is_ok_and(|ended| ended.is_none())) {
+            self.kill_vm();
+        }
     }
 }
 
@@ -138,7 +178,7 @@ fn a_guest_that_keeps_running_is_captured_in_differences_of_itself() {
     for (generation, name) in ["first", "second", "third"].into_iter().enumerate() {
         let mut awake = wake(&scene, name, &format!("{name}-host"), &[]);
         awake.console.wait_for(".", 1);
-        awake.dormouse.type_bytes(b"g");
+        awake.type_bytes(b"g");
         awake.console.wait_for(&format!("g{generation:08x}"), 1);
         awake.console.assert_no_wrong_page();
         awake.end();

@@ -104,10 +104,15 @@ pub(crate) struct Machine {
 pub(crate) struct Console(pub(crate) PathBuf);
 
 impl Console {
-    /// Firecracker itself prints lines that name its instance, before it has opened its log.
+    /// Firecracker logs lines of its own amid that, each a moment and `[anonymous-instance:...`.
     pub(crate) fn said(&self) -> String {
+        const MOMENT: usize = "2026-11-23T12:00:00.000000000".len();
         let text = std::fs::read_to_string(&self.0).unwrap_or_default();
-        text.lines().filter(|line| !line.contains("[anonymous-instance:")).collect()
+        let guest = |line: &str| match line.find(" [anonymous-instance:") {
+            Some(logged) => line[..logged.saturating_sub(MOMENT)].to_owned(),
+            None => line.to_owned(),
+        };
+        text.lines().map(guest).collect()
     }
 
     pub(crate) fn times(&self, part: &str) -> usize {
