@@ -7,6 +7,7 @@
 
 mod announce;
 pub mod backend;
+mod disk_cache;
 mod error;
 mod export;
 mod frame_cache;

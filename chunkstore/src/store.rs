@@ -2,7 +2,7 @@
 
 use std::{
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -14,6 +14,7 @@ use dormouse_core::{
 
 use crate::{
     backend::{Backend, PutOutcome, open_url},
+    disk_cache::DiskCache,
     error::{Result, StoreError},
     frame_cache::FrameCache,
     keyring::{Access, TheDomain, TheKeys},
@@ -32,13 +33,21 @@ pub struct StoreOptions {
     pub cache_dir: Option<PathBuf>,
     /// Most bytes of decoded frames kept in memory.
     pub frame_cache_bytes: u64,
+    /// Most bytes of frames kept below `cache_dir`, as stored, if the store is a remote one; 0 for none.
+    pub disk_cache_bytes: u64,
     /// A collector, or a writer about to move a name, that was silent for this long is taken for dead.
     pub lease: Duration,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        StoreOptions { key: None, cache_dir: None, frame_cache_bytes: 128 << 20, lease: DEFAULT_LEASE }
+        StoreOptions {
+            key: None,
+            cache_dir: None,
+            frame_cache_bytes: 128 << 20,
+            disk_cache_bytes: 4 << 30,
+            lease: DEFAULT_LEASE,
+        }
     }
 }
 
@@ -50,6 +59,8 @@ pub struct Store {
     pub(crate) keys: TheKeys,
     pub(crate) frames: Arc<FrameCache>,
     pub(crate) lease: Duration,
+    disk: Arc<OnceLock<Option<DiskCache>>>,
+    disk_bytes: u64,
 }
 
 impl Store {
@@ -86,6 +97,8 @@ impl Store {
             keys: TheKeys(access),
             frames,
             lease: options.lease,
+            disk: Arc::default(),
+            disk_bytes: options.disk_cache_bytes,
         }
     }
 
@@ -110,6 +123,28 @@ impl Store {
     /// Where this host caches the domain.
     pub(crate) fn cache_dir(&self) -> Option<&std::path::Path> {
         self.domain.0.cache_dir()
+    }
+
+    /// Frames on local disk, if the store is remote and there is a place for them. Opened when first asked for, since
+    /// the domain is known by then.
+    fn disk(&self) -> Option<&DiskCache> {
+        let open = || {
+            let dir = self.cache_dir().filter(|_| self.disk_bytes > 0 && !self.backend.is_local())?;
+            DiskCache::open(&dir.join("frames"), self.disk_bytes)
+        };
+        self.disk.get_or_init(open).as_ref()
+    }
+
+    /// The same store, read past the frames on local disk.
+    pub(crate) fn without_disk(&self) -> Self {
+        Store { disk: Arc::new(OnceLock::from(None)), ..self.clone() }
+    }
+
+    /// Waits until the frames read so far are on local disk, if they are to be. What is not is only fetched again.
+    pub fn flush_caches(&self) {
+        if let Some(disk) = self.disk() {
+            disk.flush();
+        }
     }
 
     pub(crate) fn no_such(&self, name: &Name) -> StoreError {
@@ -153,14 +188,26 @@ impl Store {
         Ok((pack, self.read_footer(&pack)?))
     }
 
-    /// Reads, verifies and decodes one frame, past the cache.
+    /// Reads, verifies and decodes one frame, past the frames in memory.
     pub(crate) fn read_frame(&self, pack: PackId, frame: &FrameRef) -> Result<Vec<u8>> {
+        let disk = self.disk();
+        if let Some(stored) = disk.and_then(|disk| disk.get(frame)) {
+            match frame.decode(&self.domain, &stored) {
+                Ok(raw) => return Ok(raw),
+                // Not what it was: the store has the truth.
+                Err(_) => disk.iter().for_each(|disk| disk.forget(frame)),
+            }
+        }
         let key = self.keys.pack(pack);
         let stored = self
             .backend
             .get(&key, Some(frame.range()))?
             .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
-        frame.decode(&self.domain, &stored).map_err(|why| StoreError::Damaged { key, why })
+        let raw = frame.decode(&self.domain, &stored).map_err(|why| StoreError::Damaged { key, why })?;
+        if let Some(disk) = disk {
+            disk.put(frame, &stored);
+        }
+        Ok(raw)
     }
 
     /// Writes an object whose name is the hash of its content. If one is there already it must be the same, byte

@@ -126,7 +126,12 @@ impl Store {
                 let why = FormatError::HashMismatch("reference");
                 findings.add(&self.keys.root(reference.root), &why, [me]);
             }
-            self.gather(&Snapshot::new(self.clone(), reference, root), me, &mut wanted, &mut findings)?;
+            self.gather(
+                &Snapshot::new(self.without_disk(), reference, root),
+                me,
+                &mut wanted,
+                &mut findings,
+            )?;
         }
         progress.begin(wanted.values().map(|w| w.pack.object_bytes()).sum());
         for want in wanted.values() {
