@@ -138,7 +138,7 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
     timeline.mark("spawn");
 
     let socket = scratch.path().join("uffd.sock");
-    let session = load(&args, &vmm, &socket, &state, source, &mut timeline)?;
+    let (session, incoming) = load(&args, &vmm, &socket, &state, source, &mut timeline)?;
     remember(&args, &snapshot, &session);
     if let Err(error) = vmm.api.resume() {
         give_up(session.process());
@@ -157,6 +157,8 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
         phases: timeline.phases.clone(),
     };
     context.print(&document, |out| print_text(out, &document))?;
+    // Ending it takes a moment, which the guest should not wait for.
+    drop(incoming);
     // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
     let report = outlive(session)?;
     drop(vmm);
@@ -211,11 +213,11 @@ fn load(
     state: &MemFile,
     source: Arc<dyn PageSource>,
     timeline: &mut Timeline,
-) -> Result<Session, Failure> {
+) -> Result<(Session, Incoming), Failure> {
     let listener = HandshakeListener::bind(socket).map_err(|e| listen_failure(&e))?;
     let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
     let process = process_at(&vmm.api_socket)?;
-    thread::scope(|scope| {
+    let session = thread::scope(|scope| {
         let loading =
             scope.spawn(|| vmm.api.load_snapshot_uffd(&state.path(), socket, !args.no_dirty_tracking, false));
         let session =
@@ -249,7 +251,8 @@ fn load(
             }
             (Err(failure), _) => Err(failure),
         }
-    })
+    })?;
+    Ok((session, incoming))
 }
 
 /// The handshake of `expected`. Whoever else comes to the socket is not the VM.
