@@ -1,25 +1,22 @@
 //! The machine's own process: it boots and goes on standby, or it wakes, answers and verifies.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand};
-use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::{ImageId, Name};
-use dormouse_restore::{FailClosed, Policy, RestoreError};
 use dormouse_vmm_glue::{
-    embed::{self, Prefetch, Wake, Woken},
-    guest::{Command, Console, Guest, GuestParams, native::NativeGuest, park_and_pause},
-    minivm::{Dirty, MiniVm, MiniVmError, Phase, Timeline, VmShell, timeline::monotonic_now},
+    embed::{self, Prefetch},
+    guest::{Guest, GuestParams, native::NativeGuest, park_and_pause},
+    minivm::{Dirty, MiniVm, Phase, VmShell, timeline::monotonic_now},
 };
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
-use super::{Kind, content, processes};
+use super::{
+    Kind,
+    awake::{Awake, Marks},
+    content, processes,
+};
 use crate::{
     context::{self, Context},
     failure::{Failure, Status},
@@ -31,10 +28,9 @@ const MEMORY_BYTES: u64 = 128 * MIB;
 /// Memory filled with bytes of this computer's files, behind the pattern.
 const CONTENT_BYTES: u64 = 48 * MIB;
 /// Guest code may be emulated, at a few microseconds an instruction.
-const PATIENCE: Duration = Duration::from_secs(300);
-const LOOK: Duration = Duration::from_millis(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(300);
 const SEED: u64 = 0x646f_726d_6f75_7365;
-const VCPU: &str = "vcpu";
+pub(super) const VCPU: &str = "vcpu";
 
 /// The processes a demo is made of. Not for people.
 #[derive(Debug, Subcommand)]
@@ -56,17 +52,17 @@ pub(crate) enum DemoGuestCommand {
 pub(crate) struct GuestArgs {
     /// The machine's name in the store
     #[arg(value_parser = context::name)]
-    name: Name,
+    pub(super) name: Name,
     #[arg(long)]
-    pages: u64,
+    pub(super) pages: u64,
     #[arg(long)]
-    guest: Kind,
+    pub(super) guest: Kind,
     /// The demo's process: the machine ends with it
     #[arg(long)]
-    parent: u32,
+    pub(super) parent: u32,
     /// When the request was made: nanoseconds of the monotonic clock
     #[arg(long)]
-    begun: u64,
+    pub(super) begun: u64,
 }
 
 /// How a wake went. Times are milliseconds since the request.
@@ -111,15 +107,15 @@ fn end_with_parent(parent: u32) -> Result<(), Failure> {
     if now == Some(parent) { Ok(()) } else { Err(failed("the demo has ended")) }
 }
 
-fn failed(why: impl std::fmt::Display) -> Failure {
+pub(super) fn failed(why: impl std::fmt::Display) -> Failure {
     Failure::new("demo", why.to_string())
 }
 
-fn params(args: &GuestArgs) -> Result<GuestParams, Failure> {
+pub(super) fn params(args: &GuestArgs) -> Result<GuestParams, Failure> {
     GuestParams::new(args.pages, SEED).map_err(failed)
 }
 
-fn regions(params: &GuestParams) -> [(GuestAddress, usize); 1] {
+pub(super) fn regions(params: &GuestParams) -> [(GuestAddress, usize); 1] {
     let bytes = (params.memory_bytes() + CONTENT_BYTES).max(MEMORY_BYTES).next_multiple_of(2 * MIB);
     [(GuestAddress(0), bytes as usize)]
 }
@@ -195,116 +191,4 @@ fn vcpu() -> Result<ImageId, Failure> {
 
 fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
-}
-
-/// Times since the request.
-#[derive(Clone, Copy)]
-struct Marks {
-    process: Duration,
-    open: Duration,
-    handshake: Duration,
-    first_instruction: Duration,
-}
-
-/// A machine that has been woken and asked for an answer.
-struct Awake {
-    // Before the memory it runs on.
-    guest: Box<dyn Guest>,
-    woken: Woken,
-    store: Store,
-    timeline: Timeline,
-    marks: Marks,
-    /// Why a page had to be withheld from it.
-    withheld: Arc<Mutex<Option<String>>>,
-}
-
-impl Awake {
-    fn wake(args: &GuestArgs, context: &Context, prefetch: Prefetch, track: bool) -> Result<Self, Failure> {
-        let begun = Duration::from_nanos(args.begun);
-        let now = || monotonic_now().saturating_sub(begun);
-        let process = now();
-        let timeline = Timeline::begun_at(begun);
-        let shell = (args.guest == Kind::Kvm).then(|| {
-            let timeline = timeline.clone();
-            thread::spawn(move || VmShell::create_with(timeline))
-        });
-        let params = params(args)?;
-        let store = context.open_store()?;
-        let resume = store.open_resume(&args.name)?;
-        let snapshot = resume.snapshot.clone();
-        let open = now();
-        let (withheld, policy) = policy();
-        let how = Wake { prefetch, policy, balloon: false, kvm: args.guest == Kind::Kvm };
-        let woken = embed::wake_resume(resume, &regions(&params), how).map_err(failed)?;
-        let handshake = now();
-        let mut guest = assemble(shell, woken.memory(), &snapshot, &params, track)?;
-        guest.send(Command::Answer);
-        guest.resume().map_err(failed)?;
-        let marks = Marks { process, open, handshake, first_instruction: now() };
-        Ok(Awake { guest, woken, store, timeline, marks, withheld })
-    }
-
-    /// Waits for the answer and the first pass over all pages; the number of wrong pages.
-    fn watched(self) -> Result<(Self, u64), Failure> {
-        match self.watch() {
-            Ok(wrong) => Ok((self, wrong)),
-            Err(failure) => {
-                // It may wait for a page that never comes, so it cannot be stopped: it ends with this process.
-                std::mem::forget(self);
-                Err(failure)
-            }
-        }
-    }
-
-    fn watch(&self) -> Result<u64, Failure> {
-        let console = self.guest.console();
-        let passed = |console: &Console| console.count(b'.') + console.count(b'X') > 0;
-        for _ in 0..PATIENCE.as_millis() / LOOK.as_millis() {
-            let waited = console.wait_for(b'.', 1, LOOK);
-            if let Some(why) = self.withheld.lock().unwrap_or_else(PoisonError::into_inner).clone() {
-                return Err(failed(why));
-            }
-            if passed(console) {
-                return Ok(console.wrong_total().max(console.count(b'x')));
-            }
-            if console.ended().is_some() {
-                waited.map_err(failed)?;
-            }
-        }
-        console.wait_for(b'.', 1, LOOK).map_err(failed)?;
-        Ok(console.wrong_total())
-    }
-}
-
-type Shell = thread::JoinHandle<Result<VmShell, MiniVmError>>;
-
-fn assemble(
-    shell: Option<Shell>,
-    memory: &GuestMemoryMmap,
-    snapshot: &Snapshot,
-    params: &GuestParams,
-    track: bool,
-) -> Result<Box<dyn Guest>, Failure> {
-    let (memory, state) = (memory.clone(), snapshot.read_blob(VCPU)?);
-    Ok(match shell {
-        Some(shell) => {
-            let shell = shell.join().map_err(|_| failed("creating the VM panicked"))?.map_err(failed)?;
-            let dirty = if track { Dirty::Tracked } else { Dirty::Untracked };
-            Box::new(MiniVm::restore(shell, memory, &state, dirty).map_err(failed)?)
-        }
-        None => Box::new(NativeGuest::restore(memory, params, &state, track).map_err(failed)?),
-    })
-}
-
-/// A page that cannot be had ends the machine: its process says why and exits.
-fn policy() -> (Arc<Mutex<Option<String>>>, Policy) {
-    let withheld = Arc::new(Mutex::new(None));
-    let why = Arc::clone(&withheld);
-    let kill = move |error: &RestoreError| {
-        why.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
-    };
-    (
-        withheld,
-        Policy { fail_closed: FailClosed::Kill(Arc::new(kill)), prefetch_workers: 1, ..Policy::default() },
-    )
 }

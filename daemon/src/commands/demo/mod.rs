@@ -3,10 +3,12 @@
 //! | file | holds |
 //! |---|---|
 //! | `guest` | the hidden command that runs as a process of its own: the machine booting, or waking |
+//! | `awake` | a machine that has been woken, in that process |
 //! | `content` | bytes of this computer's own files, to fill guest memory with something real |
 //! | `processes` | starting those processes, and leaving nothing behind |
 //! | `report` | what was measured, as a document and as text |
 
+mod awake;
 mod content;
 pub(crate) mod guest;
 mod processes;
