@@ -7,3 +7,4 @@ mod failures;
 mod generations;
 mod scene;
 mod serve_uffd;
+mod slow_store;

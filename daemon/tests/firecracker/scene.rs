@@ -53,7 +53,7 @@ impl Scene {
                 command.env_remove(&name);
             }
         }
-        command.args(args).arg("--store").arg(self.path("store")).arg("--json");
+        command.args(args).arg("--json").env("DORMOUSE_STORE", self.path("store"));
         command.current_dir(self.directory.path()).env("HOME", self.path(host));
         command.env("XDG_RUNTIME_DIR", self.path("run"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
