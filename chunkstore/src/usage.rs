@@ -119,6 +119,10 @@ pub struct SnapshotUsage {
     pub exclusive_bytes: u64,
     /// Packs its page maps refer to.
     pub packs: u64,
+    /// Packs that hold its pages, per 64 MiB of them (all of them count as 64 MiB at least).
+    pub packs_per_64_mib: f64,
+    /// Requests that read all of its pages, per 64 MiB of them: frames in a row, or nearly so, are one.
+    pub reads_per_64_mib: f64,
 }
 
 /// What everything takes.
@@ -134,6 +138,9 @@ pub struct UsageReport {
     pub snapshots: Vec<SnapshotUsage>,
 }
 
+/// Frames of one pack with less than this between them are read at once.
+const COALESCED_GAP_BYTES: u64 = 64 << 10;
+
 type Place = (PackId, u32);
 
 /// The frames a snapshot needs: where, stored bytes, and which slots.
@@ -148,6 +155,24 @@ struct Needs {
 impl Needs {
     fn pages(&self) -> u64 {
         self.frames.values().map(|(_, slots)| u64::from(slots.count_ones())).sum()
+    }
+
+    /// Packs that hold pages, and reads of those pages, per 64 MiB of them.
+    fn fragmentation(&self) -> (f64, f64) {
+        let mut places: Vec<_> =
+            self.frames.iter().map(|((pack, offset), (bytes, _))| (pack, *offset, *bytes)).collect();
+        places.sort_unstable();
+        let (mut packs, mut reads) = (0u64, 0u64);
+        let mut last: Option<(&PackId, u64)> = None;
+        for (pack, offset, bytes) in places {
+            let same_pack = last.filter(|(before, _)| *before == pack);
+            packs += u64::from(same_pack.is_none());
+            let near = same_pack.is_some_and(|(_, end)| u64::from(offset) <= end + COALESCED_GAP_BYTES);
+            reads += u64::from(!near);
+            last = Some((pack, u64::from(offset) + u64::from(bytes)));
+        }
+        let units = ((self.pages() * PAGE_BYTES as u64) as f64 / (64 << 20) as f64).max(1.0);
+        (packs as f64 / units, reads as f64 / units)
     }
 
     fn stored(&self) -> u64 {
@@ -214,7 +239,10 @@ impl Store {
             };
             report.total.logical_bytes += usage.logical_bytes;
             report.total.nonzero_bytes += usage.nonzero_bytes;
+            let (packs_per_64_mib, reads_per_64_mib) = needs.fragmentation();
             report.snapshots.push(SnapshotUsage {
+                packs_per_64_mib,
+                reads_per_64_mib,
                 name: summary.name,
                 exclusive_bytes: exclusive.map(|(_, (bytes, _))| u64::from(*bytes)).sum(),
                 packs: needs.packs.len() as u64,

@@ -43,6 +43,8 @@ struct Row {
     /// Of `stored_bytes`, pages that no other snapshot shares.
     exclusive_bytes: u64,
     packs: u64,
+    packs_per_64_mib: f64,
+    reads_per_64_mib: f64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -74,6 +76,8 @@ fn document(store: &str, report: UsageReport, price_per_gb_month: f64) -> Docume
         priced: priced(s.usage),
         exclusive_bytes: s.exclusive_bytes,
         packs: s.packs,
+        packs_per_64_mib: s.packs_per_64_mib,
+        reads_per_64_mib: s.reads_per_64_mib,
     });
     Document {
         store: store.to_owned(),
@@ -85,10 +89,23 @@ fn document(store: &str, report: UsageReport, price_per_gb_month: f64) -> Docume
 }
 
 fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
-    let mut table =
-        Table::new(["name", ">logical", ">non-zero", ">unique", ">stored", ">objects", ">a month"]);
-    let rows = d.snapshots.iter().map(|row| (row.name.as_str(), &row.priced));
-    for (name, Priced { usage, dollars_per_month }) in rows.chain([("all", &d.total)]) {
+    let mut table = Table::new([
+        "name",
+        ">logical",
+        ">non-zero",
+        ">unique",
+        ">stored",
+        ">objects",
+        ">packs/64M",
+        ">reads/64M",
+        ">a month",
+    ]);
+    let rows = d.snapshots.iter().map(|row| {
+        let scattered = [row.packs_per_64_mib, row.reads_per_64_mib].map(|n| format!("{n:.1}"));
+        (row.name.as_str(), &row.priced, scattered)
+    });
+    let total = ("all", &d.total, ["-".to_owned(), "-".to_owned()]);
+    for (name, Priced { usage, dollars_per_month }, [packs, reads]) in rows.chain([total]) {
         table.row([
             name.to_owned(),
             human::bytes(usage.logical_bytes),
@@ -96,6 +113,8 @@ fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
             human::bytes(usage.unique_bytes),
             human::bytes(usage.stored_bytes),
             usage.objects.to_string(),
+            packs,
+            reads,
             human::dollars(*dollars_per_month),
         ]);
     }
