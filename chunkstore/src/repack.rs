@@ -198,7 +198,8 @@ impl Store {
         for (pack, frame, slot) in &moves.order {
             let decoded = self.frames.get((pack.id, frame.offset), || self.read_frame(pack.id, frame))?;
             let page = decoded.pages(*slot, 1);
-            signatures.push(signature(page.ok_or(StoreError::Bug("a page map refers past the end of a frame"))?));
+            signatures
+                .push(signature(page.ok_or(StoreError::Bug("a page map refers past the end of a frame"))?));
         }
         moves.order = grouped(&signatures).into_iter().map(|page| moves.order[page]).collect();
         for (number, (pack, frame, slot)) in moves.order.iter().enumerate() {
