@@ -69,8 +69,8 @@ enum PolicyName {
     /// Kill the VM
     #[default]
     Kill,
-    /// Let the access fail as broken memory does; kill the VM where the kernel cannot do that
-    Poison,
+    /// Leave the VM waiting for that page, for somebody to look at
+    Hold,
 }
 
 impl ServingArgs {
@@ -78,7 +78,7 @@ impl ServingArgs {
         SessionOptions {
             on_failure: match self.policy {
                 PolicyName::Kill => OnFailure::Kill,
-                PolicyName::Poison => OnFailure::Poison,
+                PolicyName::Hold => OnFailure::Hold,
             },
             retry: retry_for(self.give_up_after),
             prefetch: !self.no_prefetch,
@@ -181,7 +181,7 @@ pub(crate) fn refused(refusal: &Refusal, on_failure: OnFailure) -> Failure {
             Ok(()) => message += &format!("; process {pid} was killed"),
             Err(error) => message += &format!("; process {pid} cannot be killed ({error}), end it yourself"),
         },
-        (Some(_), OnFailure::Poison) => {
+        (Some(_), OnFailure::Hold) => {
             message += &format!("; process {pid} waits for its memory for ever, end it yourself");
         }
         (None, _) => {}

@@ -57,6 +57,25 @@ fn a_guest_is_killed_for_a_store_that_does_not_come_back_and_told_why() {
 }
 
 #[test]
+fn a_vm_that_is_held_stands_still_and_is_not_given_anything() {
+    let Some(scene) = scene() else { return };
+    let (server, mut machine) = woken_without_store(&scene, &["--give-up-after", "1s", "--policy", "hold"]);
+    wait_until("the page to be given up", || {
+        fs::read_to_string(scene.path("log")).unwrap().contains("a vCPU waits for a page that cannot be had")
+    });
+    assert_eq!(machine.process.try_wait().unwrap(), None, "it is there to be looked at");
+    machine.process.kill().unwrap();
+    let output = server.end();
+    assert_eq!(output.status.code(), Some(1));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // One vCPU waits for one page. Had it got anything, it would have met the next.
+    assert_eq!(report["failures"].as_array().unwrap().len(), 1, "{report}");
+    assert_eq!(report["counters"]["poisoned"], 0, "{report}");
+    assert_eq!(machine.console.times("."), 0);
+    machine.console.assert_no_wrong_page();
+}
+
+#[test]
 fn a_guest_whose_server_is_killed_gets_no_zeros() {
     let Some(scene) = scene() else { return };
     parked(&scene);

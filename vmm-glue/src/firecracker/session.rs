@@ -16,13 +16,16 @@ use super::regions::{self, Region};
 use super::vmm_process::{VmmProcess, VmmProcessError};
 
 /// What is done when a page cannot be had correctly.
+///
+/// Poisoning is not among it: an access that KVM emulates takes a poisoned page for a device, Firecracker
+/// answers for a device that is not there, and the guest goes on with bytes that nobody stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnFailure {
     /// Kill Firecracker.
     #[default]
     Kill,
-    /// Poison the page; kill Firecracker where the kernel cannot poison.
-    Poison,
+    /// Leave the vCPU waiting, for somebody to look at.
+    Hold,
 }
 
 /// How a VM is served.
@@ -222,14 +225,14 @@ fn fail_closed(
     process: Arc<VmmProcess>,
     killed: Arc<Mutex<Option<String>>>,
 ) -> FailClosed {
-    let kill = move |why: &RestoreError| {
+    FailClosed::Kill(Arc::new(move |why: &RestoreError| {
+        let pid = process.peer().pid;
+        if on_failure == OnFailure::Hold {
+            return tracing::error!(pid, %why, "a vCPU waits for a page that cannot be had: end its VM");
+        }
         killed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| why.to_string());
         if let Err(error) = process.kill() {
-            tracing::error!(pid = process.peer().pid, %error, "Firecracker cannot be killed; its vCPUs wait");
+            tracing::error!(pid, %error, "Firecracker cannot be killed; its vCPUs wait");
         }
-    };
-    match on_failure {
-        OnFailure::Kill => FailClosed::Kill(Arc::new(kill)),
-        OnFailure::Poison => FailClosed::Poison { or_kill: Some(Arc::new(kill)) },
-    }
+    }))
 }
