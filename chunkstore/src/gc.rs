@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dormouse_core::{PackId, Reference, RootId};
+use dormouse_core::{PackId, Reference, RootId, SectionIndex};
 use serde::Serialize;
 
 use crate::{
@@ -69,8 +69,14 @@ pub struct GcReport {
     pub rescued_objects: u64,
 }
 
-/// What references need: the last part of each object's key.
-type Live = HashSet<String>;
+/// What references need.
+#[derive(Default)]
+struct Live {
+    /// The last part of each object's key.
+    ids: HashSet<String>,
+    /// Page maps that were read, by pack and offset. Generations share most of theirs, and none is read twice.
+    maps: HashSet<(PackId, u32)>,
+}
 
 pub(crate) struct Lease<'a> {
     store: &'a Store,
@@ -136,7 +142,7 @@ impl Store {
         let grace_ms = options.grace.as_millis() as u64;
         let old_enough = |modified: u64| grace_ms == 0 || modified.saturating_add(grace_ms) <= now;
         self.expire(options.dry_run, report)?;
-        let mut live = Live::new();
+        let mut live = Live::default();
         let seen = self.mark(&HashMap::new(), now, &mut live)?;
 
         let mut objects: HashMap<String, ObjectMeta> = HashMap::new();
@@ -153,7 +159,7 @@ impl Store {
 
         let mut doomed = Vec::new();
         for (id, meta) in &objects {
-            if live.contains(id) {
+            if live.ids.contains(id) {
                 report.live_objects += 1;
             } else if let Some(mark) = marks.get(id) {
                 if old_enough(mark.modified_unix_ms) {
@@ -177,7 +183,7 @@ impl Store {
         self.collect_streams(&names, options.dry_run, report)?;
         for (n, meta) in doomed.into_iter().enumerate() {
             before_delete(n)?;
-            if live.contains(last(&meta.key)) {
+            if live.ids.contains(last(&meta.key)) {
                 continue;
             }
             report.deleted_objects += 1;
@@ -202,7 +208,7 @@ impl Store {
         // Marks of what is needed again, or gone already.
         for (id, mark) in marks {
             let gone = !objects.contains_key(&id);
-            if live.contains(&id) || gone {
+            if live.ids.contains(&id) || gone {
                 report.rescued_objects += u64::from(!gone);
                 if !options.dry_run {
                     self.backend.delete(&mark.key)?;
@@ -307,9 +313,23 @@ impl Store {
 
     fn mark_one(&self, reference: &Reference, live: &mut Live) -> Result<()> {
         let root = self.read_root(reference.root, Some(&reference.name))?;
-        live.insert(reference.root.to_string());
         let snapshot = Snapshot::new(self.clone(), reference.clone(), root);
-        live.extend(self.packs_of(&snapshot)?.iter().map(PackId::to_string));
+        let root = snapshot.root();
+        for (image, entry) in root.images.iter().enumerate() {
+            for (index, entry) in (0..).zip(&entry.sections) {
+                let Some(entry) = entry else { continue };
+                let at = (root.packs[entry.at.pack as usize].id, entry.at.offset);
+                if live.maps.contains(&at) {
+                    continue;
+                }
+                if let Some(section) = snapshot.section(image, SectionIndex(index))? {
+                    live.ids.extend(section.packs().iter().map(|p| p.id.to_string()));
+                }
+                live.maps.insert(at);
+            }
+        }
+        live.ids.extend(root.packs.iter().map(|p| p.id.to_string()));
+        live.ids.insert(reference.root.to_string());
         Ok(())
     }
 

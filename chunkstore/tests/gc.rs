@@ -59,6 +59,29 @@ fn a_dry_run_says_what_it_would_do_and_does_nothing() {
 }
 
 #[test]
+fn page_maps_that_generations_share_are_read_once() {
+    use dormouse_chunkstore::backend::faulty::FaultyBackend;
+    let counting = std::sync::Arc::new(FaultyBackend::counting(common::memory_backend()));
+    let store = Store::with_backend(counting.clone(), Default::default());
+    // Nine sections of memory and one of disk.
+    let mut machine = Machine::new(98_304, 20);
+    machine.import(&store, "g0", None).unwrap();
+    for generation in 1..=5u64 {
+        let dirty = machine.change_memory_pages(&[generation * 7]);
+        machine
+            .import_dirty(&store, &format!("g{generation}"), &format!("g{}", generation - 1), dirty)
+            .unwrap();
+    }
+    let sections = store.open_snapshot(&name("g0")).unwrap();
+    let sections: usize = sections.root().images.iter().flat_map(|i| &i.sections).flatten().count();
+    counting.counts().take();
+    store.gc(GcOptions::default()).unwrap();
+    // Expiry and both rounds read the 6 references, the first also 6 roots; all maps of g0, then one a generation. The
+    // lease is read twice.
+    assert_eq!(counting.counts().take().gets, 3 * 6 + 6 + sections as u64 + 5 + 2);
+}
+
+#[test]
 fn the_grace_time_keeps_young_garbage() {
     let dir = tempfile::tempdir().unwrap();
     let store = store_in(dir.path());
