@@ -20,6 +20,10 @@ fn touched(pages: &[std::ops::Range<u64>]) -> Vec<TouchedRun> {
     pages.iter().map(|pages| TouchedRun { image: 0, pages: pages.clone() }).collect()
 }
 
+fn first_pages(pages: u64) -> Vec<TouchedRun> {
+    vec![TouchedRun { image: 0, pages: 0..pages }]
+}
+
 /// The pages a stream brings, checked against the machine's memory file.
 fn streamed_pages(resume: &Resume, machine: &Machine) -> Vec<u64> {
     let memory = std::fs::read(machine.path("memory")).unwrap();
@@ -66,7 +70,7 @@ fn a_stream_of_an_older_snapshot_is_not_used() {
     let store = store_in(dir.path());
     let mut machine = Machine::new(100, 10);
     machine.import(&store, "m", None).unwrap();
-    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..50])).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &first_pages(50)).unwrap();
     machine.change(1, 20);
     machine.import(&store, "m", Some("m")).unwrap();
     let resume = store.open_resume(&name("m")).unwrap();
@@ -80,7 +84,7 @@ fn a_stream_survives_repacking() {
     let store = store_in(dir.path());
     let machine = Machine::new(100, 10);
     machine.import(&store, "m", None).unwrap();
-    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..50])).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &first_pages(50)).unwrap();
     store.repack(Default::default(), &NoProgress).unwrap();
     let gc = dormouse_chunkstore::GcOptions { grace: std::time::Duration::ZERO, ..Default::default() };
     store.gc(gc).unwrap();
@@ -96,7 +100,7 @@ fn a_damaged_stream_costs_time_and_never_a_page() {
     let machine = Machine::new(100, 10);
     machine.import(&store, "m", None).unwrap();
     let file = dir.path().join("store/plain/streams/m");
-    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..80])).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &first_pages(80)).unwrap();
     let good = std::fs::read(&file).unwrap();
     for at in (0..good.len()).step_by(97) {
         let mut damaged = good.clone();
@@ -123,7 +127,7 @@ fn a_cold_resume_asks_for_reference_and_stream_only() {
     let store = Store::with_backend(counting.clone(), StoreOptions::default());
     let machine = Machine::new(600, 10);
     machine.import(&store, "m", None).unwrap();
-    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..500])).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &first_pages(500)).unwrap();
     let cold = Store::with_backend(counting.clone(), StoreOptions::default());
     let before = counting.counts().gets.load(Ordering::SeqCst);
     let resume = cold.open_resume(&name("m")).unwrap();
@@ -139,7 +143,7 @@ fn removing_a_snapshot_removes_its_stream() {
     let dir = tempfile::tempdir().unwrap();
     let store = store_in(dir.path());
     Machine::new(20, 5).import(&store, "m", None).unwrap();
-    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &touched(&[0..5])).unwrap();
+    store.build_stream(&store.open_snapshot(&name("m")).unwrap(), &first_pages(5)).unwrap();
     store.remove(&name("m")).unwrap();
     assert!(!dir.path().join("store/plain/streams/m").exists());
 }
@@ -151,7 +155,7 @@ fn garbage_collection_takes_a_stream_whose_name_is_gone_and_leaves_the_others() 
     let machine = Machine::new(20, 5);
     for n in ["kept", "gone"] {
         machine.import(&store, n, None).unwrap();
-        store.build_stream(&store.open_snapshot(&name(n)).unwrap(), &touched(&[0..5])).unwrap();
+        store.build_stream(&store.open_snapshot(&name(n)).unwrap(), &first_pages(5)).unwrap();
     }
     // As if the process had died between the two deletions.
     std::fs::remove_file(dir.path().join("store/plain/refs/gone")).unwrap();

@@ -46,7 +46,7 @@ impl Histogram {
     }
 }
 
-/// A [`Timeline`] at one instant.
+/// A restore's phases and latencies at one instant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TimelineReport {
     /// Phases in the order they were reached.
