@@ -165,6 +165,7 @@ fn read_pages(image: &Image, pages: Range<u64>, raw: &mut Vec<u8>) -> Result<()>
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a frame of one run is what is meant")]
 mod tests {
     use super::*;
 
