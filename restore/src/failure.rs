@@ -25,6 +25,7 @@ impl Core {
             let Some(run) = self.plan.pages_of(cell.first()) else { continue };
             self.note(RestoreError::Page { page: run.first, error: error.clone() });
             match &self.policy.fail_closed {
+                FailClosed::Hold => {}
                 FailClosed::Kill(kill) => {
                     self.kill(kill, &RestoreError::Page { page: run.first, error: error.clone() });
                 }
@@ -97,6 +98,7 @@ impl Core {
     /// The VM cannot be served any further: end it if the policy can, else leave its vCPUs waiting.
     pub(crate) fn fail_vm(&self, error: RestoreError) {
         let kill = match &self.policy.fail_closed {
+            FailClosed::Hold => None,
             FailClosed::Kill(kill) => Some(kill),
             FailClosed::Poison { or_kill } => or_kill.as_ref(),
         };

@@ -37,7 +37,12 @@ pub type KillVm = Arc<dyn Fn(&RestoreError) + Send + Sync>;
 /// What is done when a page a vCPU waits for cannot be had correctly. Zeros are not an answer.
 #[derive(Clone)]
 pub enum FailClosed {
-    /// Poison the page: the access raises SIGBUS in the VMM or a machine check in the guest. If the kernel
+    /// Let the vCPU wait, and say so in [`RestoreHandle::failures`](crate::RestoreHandle::failures): right whatever
+    /// runs the guest, and the page may still come by another way.
+    Hold,
+    /// Poison the page: the access raises SIGBUS in the VMM or a machine check in the guest. Only where the processor
+    /// runs the guest: seen under nested virtualisation, where the hypervisor emulates guest code, a poisoned page was
+    /// taken for device memory and the guest ran on. If the kernel
     /// cannot poison (before Linux 6.6) the vCPU keeps waiting and [`RestoreError`] says so; with a kill
     /// function, it is called instead.
     Poison {
@@ -51,6 +56,7 @@ pub enum FailClosed {
 impl fmt::Debug for FailClosed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            FailClosed::Hold => "Hold",
             FailClosed::Poison { .. } => "Poison",
             FailClosed::Kill(_) => "Kill",
         })
@@ -94,7 +100,7 @@ impl Default for Policy {
             spin: Duration::from_micros(30),
             decoded_frames: 16,
             retry: Retry::default(),
-            fail_closed: FailClosed::Poison { or_kill: None },
+            fail_closed: FailClosed::Hold,
             record_pages: 256 * 1024,
             record_window: Duration::from_secs(60),
         }

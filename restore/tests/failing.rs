@@ -50,6 +50,28 @@ fn signal_of_child(name: &str) -> Option<i32> {
     child.status.signal()
 }
 
+fn poisoning() -> Policy {
+    Policy { fail_closed: FailClosed::Poison { or_kill: None }, ..Policy::default() }
+}
+
+#[test]
+fn by_default_a_vcpu_waits_for_a_page_that_cannot_be_had_and_gets_it_when_it_comes() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |_, _| Some(SourceErrorKind::Gone));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    std::thread::scope(|s| {
+        s.spawn(|| verify(&image, &mapping, 3));
+        while handle.failures().is_empty() {
+            std::thread::yield_now();
+        }
+        assert_eq!(handle.page_state(PageIndex(3)), Some(PageState::Awaited));
+        handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap();
+    });
+    let counts = handle.stop(VmStopped::attest());
+    assert_eq!((counts.poisoned, counts.zero_pages), (0, 0));
+}
+
 #[test]
 fn a_page_that_cannot_be_had_raises_sigbus() {
     if uffd_or_skip().is_some() {
@@ -62,7 +84,7 @@ fn a_page_that_cannot_be_had_raises_sigbus() {
 fn child_touches_a_page_of_a_dead_store() {
     let image = failing(64, |frame, _| (frame == 1).then_some(SourceErrorKind::Retryable));
     let (plan, memory, mapping) = own(&image, PageSize::Small, uffd_or_skip().unwrap());
-    let _handle = Restore::start(plan, memory, Policy { retry: quick(3), ..Policy::default() }).unwrap();
+    let _handle = Restore::start(plan, memory, Policy { retry: quick(3), ..poisoning() }).unwrap();
     (0..32).for_each(|p| verify(&image, &mapping, p));
     let zero = mapping.load(40 * 4096);
     panic!("a page that cannot be had was read as {zero:?}");
@@ -83,7 +105,7 @@ fn child_touches_a_damaged_page() {
         (frame == 0).then_some(SourceErrorKind::Damaged)
     });
     let (plan, memory, mapping) = own(&image, PageSize::Small, uffd_or_skip().unwrap());
-    let _handle = Restore::start(plan, memory, Policy::default()).unwrap();
+    let _handle = Restore::start(plan, memory, poisoning()).unwrap();
     mapping.load(0);
     panic!("a damaged page was read");
 }
