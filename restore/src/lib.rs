@@ -15,7 +15,7 @@
 //! ```
 //!
 //! Rules the code keeps, each with a test:
-//! - A page that cannot be had correctly is poisoned or the VM killed, never zero-filled ([`policy`]).
+//! - A page that cannot be had correctly is waited for, poisoned, or the VM killed, never zero-filled ([`policy`]).
 //! - A page the guest gave back reads as zero whatever order events arrive in ([`mod@state`]).
 //! - Faults come before prefetch, always.
 //! - The descriptor is never closed under a live VM ([`RestoreHandle`]).
