@@ -1,6 +1,6 @@
 //! Values of options, parsed and checked before anything is done.
 
-use std::{path::PathBuf, str::FromStr, time::Duration};
+use std::{ops::Range, path::PathBuf, str::FromStr, time::Duration};
 
 use dormouse_core::ImageId;
 
@@ -20,6 +20,48 @@ impl FromStr for Part {
             return Err("the file is missing after '='".into());
         }
         Ok(Part { id: ImageId::new(id).map_err(|e| e.to_string())?, file: file.into() })
+    }
+}
+
+/// `ID=RANGES`: an image and the pages of it that changed, as `0..16,512..520`, or `@FILE` with a range a line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DirtyPages {
+    pub(crate) id: ImageId,
+    pub(crate) ranges: Vec<Range<u64>>,
+}
+
+impl FromStr for DirtyPages {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (id, ranges) =
+            text.split_once('=').ok_or("write it as ID=RANGES, for example memory=0..16,512..520")?;
+        let read;
+        let ranges = match ranges.strip_prefix('@') {
+            None => ranges,
+            Some(file) => {
+                read = std::fs::read_to_string(file).map_err(|e| format!("reading {file}: {e}"))?;
+                &read
+            }
+        };
+        let parts = ranges.split([',', '\n']).map(str::trim).filter(|r| !r.is_empty());
+        Ok(DirtyPages {
+            id: ImageId::new(id).map_err(|e| e.to_string())?,
+            ranges: parts.map(range).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// `START..END`, the end not included, or one page.
+fn range(text: &str) -> Result<Range<u64>, String> {
+    let number =
+        |n: &str| n.parse::<u64>().map_err(|_| format!("{text:?} is no range of pages; write START..END"));
+    match text.split_once("..") {
+        None => number(text).and_then(|n| Ok(n..n.checked_add(1).ok_or("that page is out of range")?)),
+        Some((start, end)) => match (number(start)?, number(end)?) {
+            (start, end) if start < end => Ok(start..end),
+            _ => Err(format!("{text:?} is empty; its end comes after its last page")),
+        },
     }
 }
 
@@ -78,6 +120,17 @@ mod tests {
         assert_eq!((part.id.as_str(), part.file), ("root", "/tmp/a=b.img".into()));
         for wrong in ["root", "root=", "=file", "no spaces=file", "-x=file"] {
             assert!(wrong.parse::<Part>().is_err(), "{wrong:?} was taken for a part");
+        }
+    }
+
+    #[test]
+    fn dirty_pages_are_ranges_without_their_ends_or_single_pages() {
+        let dirty: DirtyPages = "memory=0..16, 512..520,7".parse().expect("ranges");
+        assert_eq!((dirty.id.as_str(), dirty.ranges), ("memory", vec![0..16, 512..520, 7..8]));
+        for wrong in
+            ["memory", "memory=a..b", "memory=5..5", "memory=9..3", "=1..2", "memory=18446744073709551615"]
+        {
+            assert!(wrong.parse::<DirtyPages>().is_err(), "{wrong:?} was taken for dirty pages");
         }
     }
 

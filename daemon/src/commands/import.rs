@@ -13,7 +13,7 @@ use dormouse_chunkstore::{
 use dormouse_core::{ImageId, ImageKind, Name};
 
 use crate::{
-    cli::values::{self, Label, Part},
+    cli::values::{self, DirtyPages, Label, Part},
     context::{self, Context},
     failure::{Failure, Status},
     human,
@@ -47,6 +47,11 @@ pub(crate) struct ImportArgs {
     /// This image's file ("memory", or a disk's ID) holds only what changed: its holes are as in the parent
     #[arg(long, value_name = "ID", requires = "parent")]
     diff: Vec<ImageId>,
+
+    /// Only these 4 KiB pages of this image differ from the parent; nothing else of its file is read. RANGES as
+    /// 0..16,512..520 (ends not included), or @FILE with a range a line
+    #[arg(long, value_name = "ID=RANGES", requires = "parent")]
+    dirty: Vec<DirtyPages>,
 
     /// Something to remember about the snapshot; may be given again
     #[arg(long, value_name = "KEY=VALUE")]
@@ -91,13 +96,19 @@ fn request(args: ImportArgs) -> Result<ImportRequest, Failure> {
     }
     distinct("image", images.iter().map(|i| &i.id))?;
     distinct("--state", args.state.iter().map(|s| &s.id))?;
-    for id in &args.diff {
-        let image = images.iter_mut().find(|i| i.id == *id).ok_or_else(|| {
+    let diffs = args.diff.into_iter().map(|id| ("--diff", id, Dirty::FileData));
+    let dirty = args.dirty.into_iter().map(|d| ("--dirty", d.id, Dirty::Ranges(d.ranges)));
+    for (option, id, dirty) in diffs.chain(dirty) {
+        let image = images.iter_mut().find(|i| i.id == id).ok_or_else(|| {
             Failure::usage(format!(
-                "--diff {id}: no image of this import is called so; give its --memory or --disk"
+                "{option} {id}: no image of this import is called so; give its --memory or --disk"
             ))
         })?;
-        image.dirty = Some(Dirty::FileData);
+        if image.dirty.replace(dirty).is_some() {
+            return Err(Failure::usage(format!(
+                "what changed in {id} is given twice; give one --diff or --dirty"
+            )));
+        }
     }
     let blobs =
         args.state.into_iter().map(|s| BlobSource { id: s.id, bytes: BlobBytes::File(s.file) }).collect();

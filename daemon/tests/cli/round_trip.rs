@@ -144,3 +144,23 @@ fn a_failed_export_touches_no_file() {
         .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with(".dormouse-export"));
     assert_eq!(left.count(), 0, "nothing half-written is left behind");
 }
+
+#[test]
+fn dirty_pages_are_read_and_everything_else_is_the_parents() {
+    let home = Home::new();
+    let parent = image(1, 1000, 0);
+    fs::write(home.path("parent"), &parent).unwrap();
+    let mut child = parent;
+    child[4096 * 100..4096 * 102].fill(3);
+    child[4096 * 700..4096 * 701].fill(4);
+    fs::write(home.path("child"), &child).unwrap();
+    fs::write(home.path("ranges"), "100..102\n700\n").unwrap();
+    home.done(&["import", "p", "--memory", "parent"]);
+    let ranges = format!("memory=@{}", home.path("ranges").display());
+    for (name, dirty) in [("a", "memory=100..102,700"), ("b", ranges.as_str())] {
+        let report = home.json(&["import", name, "--parent", "p", "--memory", "child", "--dirty", dirty]);
+        assert_eq!(report["read_bytes"], 3 * 4096, "only what changed is read");
+        home.done(&["export", name, "--memory", "copy"]);
+        assert!(fs::read(home.path("copy")).unwrap() == child);
+    }
+}
