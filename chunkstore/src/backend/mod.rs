@@ -5,6 +5,7 @@
 
 pub mod faulty;
 mod local;
+pub mod modelled;
 mod object;
 mod url;
 
@@ -56,6 +57,19 @@ pub trait Backend: Send + Sync + Debug {
     /// The object's bytes, or those in `range`; `None` if there is no such object. A range that reaches past the
     /// end gives what there is.
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>>;
+
+    /// The bytes in `range`, handed to `each` in order and as they arrive, until it returns `false`; whether there is
+    /// such an object. What arrives before an error is handed over all the same.
+    fn get_parts(&self, key: &str, range: Range<u64>, each: &mut dyn FnMut(Bytes) -> bool) -> Result<bool> {
+        let whole = self.get(key, Some(range))?;
+        Ok(whole.map(each).is_some())
+    }
+
+    /// The bytes in `range` if they can be had without waiting for a disk or a network; `None` if not, or if that
+    /// cannot be told.
+    fn get_at_hand(&self, _key: &str, _range: Range<u64>) -> Option<Bytes> {
+        None
+    }
 
     /// The object's size, or `None`.
     fn head(&self, key: &str) -> Result<Option<u64>>;

@@ -146,6 +146,28 @@ impl Backend for ObjectBackend {
         }
     }
 
+    fn get_parts(&self, key: &str, range: Range<u64>, each: &mut dyn FnMut(Bytes) -> bool) -> Result<bool> {
+        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
+        let mut begun = false;
+        let got = self.runner.run(async {
+            let mut parts = self.store.get_opts(&self.path(key), options).await?.into_stream();
+            while let Some(part) = parts.next().await {
+                begun = true;
+                if !each(part?) {
+                    break;
+                }
+            }
+            Ok(true)
+        });
+        match got {
+            Ok(there) => Ok(there),
+            Err(OsError::NotFound { .. }) => Ok(false),
+            Err(e) if begun => Err(self.error(format!("reading {key}"), e)),
+            // A range past the end, or a failure: what there is to say of either is said there.
+            Err(_) => Ok(self.get(key, Some(range))?.map(each).is_some()),
+        }
+    }
+
     fn head(&self, key: &str) -> Result<Option<u64>> {
         match self.runner.run(self.store.head(&self.path(key))) {
             Ok(meta) => Ok(Some(meta.size)),

@@ -1,8 +1,8 @@
 //! Fetching a stream's bytes ahead of who needs them, over several requests at once.
 //!
 //! The first requests go out before anything is known of the stream, not even its size: one round trip instead of
-//! two. Whoever waits too long for a piece asks for it a second time himself (a hedge), which cuts the slow tail of
-//! object stores.
+//! two. Their bytes are used as they arrive, whichever request they arrive by. A piece that has brought nothing for
+//! too long is asked for a second time (a hedge), which cuts the slow tail of object stores.
 
 use std::{
     ops::Range,
@@ -10,30 +10,45 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
+use super::parts::Parts;
 use crate::{
     backend::Backend,
     error::{Result, StoreError},
 };
 
-/// Requests under way at once.
+/// Requests that go out before the stream's size is known, and as many again once it is, if there is more.
 pub(super) const STREAMS: usize = 8;
-/// Size of the first pieces.
-const FIRST_BYTES: u64 = 1 << 20;
+/// Size of the first pieces. All of them together are the stream of a 24 to 30 MiB working set: a stream that just
+/// does not fit waits for another first byte, and one that is much smaller has asked for pieces in vain.
+const FIRST_BYTES: u64 = 1280 << 10;
 /// Size of later ones.
 const LATER_BYTES: u64 = 4 << 20;
-/// A piece that takes longer than this is asked for once more.
+/// A piece that brings nothing for longer than this is asked for once more.
 const HEDGE_AFTER: Duration = Duration::from_millis(100);
 /// Tries for one piece before the stream is given up.
 const TRIES: u32 = 4;
 
 #[derive(Debug)]
-enum Piece {
+enum Status {
     Wanted,
     UnderWay { since: Instant, hedged: bool },
-    Here(Bytes),
+    Here,
     Failed { tries: u32, error: StoreError },
+}
+
+#[derive(Debug)]
+struct Piece {
+    status: Status,
+    tries: u32,
+    got: Parts,
+}
+
+impl Piece {
+    fn wanted() -> Self {
+        Piece { status: Status::Wanted, tries: 0, got: Parts::default() }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -73,27 +88,41 @@ fn piece_of(offset: u64) -> usize {
     }
 }
 
+/// The pieces that hold `range`, each with the part of it that it holds, counted from the piece's start.
+fn parts_of(range: &Range<u64>) -> impl Iterator<Item = (usize, Range<u64>)> + use<> {
+    let range = range.clone();
+    let pieces = piece_of(range.start)..=piece_of(range.end.max(range.start + 1) - 1);
+    pieces.map(move |piece| {
+        let at = range_of(piece);
+        let (from, to) = (range.start.max(at.start), range.end.min(at.end));
+        (piece, from - at.start..to.max(from) - at.start)
+    })
+}
+
 impl Fetcher {
     /// Begins to fetch. The threads end when all is there, or when this is dropped.
     pub(super) fn start(backend: Arc<dyn Backend>, key: String) -> Arc<Self> {
-        let pieces = (0..STREAMS).map(|_| Piece::Wanted).collect();
+        let pieces = (0..STREAMS).map(|_| Piece::wanted()).collect();
         let state = State { pieces, ..Default::default() };
         let fetcher = Arc::new(Fetcher { backend, key, state: Mutex::new(state), changed: Condvar::new() });
-        for _ in 0..STREAMS {
-            let weak = Arc::downgrade(&fetcher);
-            let spawned = std::thread::Builder::new().name("dm-stream".into()).spawn(move || {
-                while let Some(fetcher) = weak.upgrade() {
-                    if !fetcher.fetch_next() {
-                        return;
-                    }
-                }
-            });
-            // With fewer threads it is slower; whoever waits fetches by himself in the end.
-            if let Err(error) = spawned {
-                tracing::warn!(%error, "a thread for a resume stream could not be had");
-            }
-        }
+        (0..STREAMS).for_each(|_| fetcher.spawn(|f| f.fetch_next()));
         fetcher
+    }
+
+    /// Runs `work` on a thread of its own until it returns `false`.
+    fn spawn(self: &Arc<Self>, work: impl Fn(&Fetcher) -> bool + Send + 'static) {
+        let weak = Arc::downgrade(self);
+        let spawned = std::thread::Builder::new().name("dm-stream".into()).spawn(move || {
+            while let Some(fetcher) = weak.upgrade() {
+                if !work(&fetcher) {
+                    return;
+                }
+            }
+        });
+        // With fewer threads it is slower; whoever waits fetches by himself in the end.
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "a thread for a resume stream could not be had");
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -108,9 +137,9 @@ impl Fetcher {
                 if state.stopped {
                     return false;
                 }
-                let next = state.pieces.iter().position(|p| matches!(p, Piece::Wanted));
+                let next = state.pieces.iter().position(|p| matches!(p.status, Status::Wanted));
                 if let Some(piece) = next {
-                    state.pieces[piece] = Piece::UnderWay { since: Instant::now(), hedged: false };
+                    state.pieces[piece].status = Status::UnderWay { since: Instant::now(), hedged: false };
                     break piece;
                 }
                 if state.total.is_some() {
@@ -129,96 +158,136 @@ impl Fetcher {
         true
     }
 
+    /// Fetches a piece, or what the stream has of it.
     fn fetch(&self, piece: usize) {
-        let got = self.backend.get(&self.key, Some(range_of(piece)));
+        let mut offset = 0;
+        let got = self.backend.get_parts(&self.key, range_of(piece), &mut |part| {
+            let mut state = self.state();
+            let stopped = state.stopped;
+            // Speculative pieces past the end are dropped while they are under way.
+            let Some(piece) = state.pieces.get_mut(piece) else { return false };
+            if piece.got.append(offset, &part) {
+                if let Status::UnderWay { since, .. } = &mut piece.status {
+                    *since = Instant::now();
+                }
+                self.changed.notify_all();
+            }
+            offset += part.len() as u64;
+            !stopped && !matches!(piece.status, Status::Here)
+        });
         let mut state = self.state();
-        let tries = match &state.pieces[piece] {
-            Piece::Here(_) => return,
-            Piece::Failed { tries, .. } => *tries,
-            _ => 0,
-        };
-        state.pieces[piece] = match got {
-            Ok(Some(bytes)) => Piece::Here(bytes),
-            Ok(None) => {
+        let Some(piece) = state.pieces.get_mut(piece) else { return };
+        if matches!(piece.status, Status::Here) {
+            return;
+        }
+        piece.tries += 1;
+        piece.status = match got {
+            // A request that was told to stop has brought less than there is, and nobody waits any more.
+            Ok(true) => Status::Here,
+            Ok(false) => {
                 let key = self.key.clone();
                 let error = StoreError::Missing { key, referrer: "a resume".into() };
-                Piece::Failed { tries: TRIES, error }
+                Status::Failed { tries: TRIES, error }
             }
-            Err(error) => Piece::Failed { tries: tries + 1, error },
+            Err(error) => Status::Failed { tries: piece.tries, error },
         };
         drop(state);
         self.changed.notify_all();
     }
 
     /// Says how long the stream is, so that what is left of it is fetched.
-    pub(super) fn set_total(&self, total: u64) {
+    pub(super) fn set_total(self: &Arc<Self>, total: u64) {
         let mut state = self.state();
         state.total = Some(total);
         let pieces = if total == 0 { 0 } else { piece_of(total - 1) + 1 };
         // Speculative pieces past the end are nobody's business any more.
         state.pieces.truncate(pieces.max(1));
         while state.pieces.len() < pieces {
-            state.pieces.push(Piece::Wanted);
+            state.pieces.push(Piece::wanted());
         }
+        let waiting = state.pieces.iter().filter(|p| matches!(p.status, Status::Wanted)).count();
         drop(state);
         self.changed.notify_all();
+        // The first threads are busy with the first pieces; what is left should not wait for those.
+        (0..waiting.min(STREAMS)).for_each(|_| self.spawn(|f| f.fetch_next()));
     }
 
     /// The bytes in `range`; waits for them. Shorter only if the object is.
-    pub(super) fn bytes(&self, range: Range<u64>) -> Result<Bytes> {
-        let (first, last) = (piece_of(range.start), piece_of(range.end.max(range.start + 1) - 1));
-        let mut out = Vec::new();
-        for piece in first..=last {
-            let bytes = self.wait(piece)?;
-            let at = range_of(piece);
-            let from = range.start.saturating_sub(at.start).min(bytes.len() as u64) as usize;
-            let to = (range.end - at.start).min(bytes.len() as u64) as usize;
-            if first == last {
-                return Ok(bytes.slice(from..to.max(from)));
-            }
-            out.extend_from_slice(&bytes[from..to.max(from)]);
-        }
-        Ok(out.into())
-    }
-
-    fn wait(&self, piece: usize) -> Result<Bytes> {
+    pub(super) fn bytes(self: &Arc<Self>, range: Range<u64>) -> Result<Bytes> {
         let mut state = self.state();
         loop {
-            if state.pieces.len() <= piece {
-                return Err(StoreError::Bug("a piece past the end of a resume stream was asked for"));
+            if has(&state, &range)? {
+                return Ok(collect(&state, &range));
             }
-            let ask = match &mut state.pieces[piece] {
-                Piece::Here(bytes) => return Ok(bytes.clone()),
-                Piece::Wanted => false,
-                Piece::Failed { error: StoreError::Missing { key, referrer }, .. } => {
+            state = self.wait(state, &range)?;
+        }
+    }
+
+    /// Takes the first of `wanted` whose bytes are there, and its bytes; waits for one. `None` if none is left.
+    pub(super) fn take_ready(
+        self: &Arc<Self>,
+        wanted: &Mutex<Vec<(usize, Range<u64>)>>,
+    ) -> Result<Option<(usize, Bytes)>> {
+        let mut state = self.state();
+        loop {
+            let next = {
+                let mut wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some((_, first)) = wanted.first().cloned() else { return Ok(None) };
+                for at in 0..wanted.len() {
+                    if has(&state, &wanted[at].1)? {
+                        let (index, range) = wanted.remove(at);
+                        return Ok(Some((index, collect(&state, &range))));
+                    }
+                }
+                first
+            };
+            state = self.wait(state, &next)?;
+        }
+    }
+
+    /// Waits for something to arrive, and sees to it that the first missing piece of `range` is under way.
+    fn wait<'s>(
+        self: &'s Arc<Self>,
+        mut state: MutexGuard<'s, State>,
+        range: &Range<u64>,
+    ) -> Result<MutexGuard<'s, State>> {
+        for (index, part) in parts_of(range) {
+            let Some(piece) = state.pieces.get_mut(index) else {
+                return Err(StoreError::Bug("a piece past the end of a resume stream was asked for"));
+            };
+            match &mut piece.status {
+                _ if piece.got.len() >= part.end => continue,
+                Status::Here | Status::Wanted => {}
+                Status::UnderWay { since, hedged } => {
+                    if !*hedged && since.elapsed() >= HEDGE_AFTER {
+                        *hedged = true;
+                        self.spawn(move |f| {
+                            f.fetch(index);
+                            false
+                        });
+                    }
+                }
+                Status::Failed { error: StoreError::Missing { key, referrer }, .. } => {
                     return Err(StoreError::Missing { key: key.clone(), referrer: referrer.clone() });
                 }
-                Piece::Failed { tries, error } => {
-                    if *tries >= TRIES {
-                        let lost = StoreError::Unavailable {
-                            doing: format!("reading {}", self.key),
-                            store: self.backend.url().to_owned(),
-                            why: error.to_string(),
-                        };
-                        return Err(lost);
-                    }
-                    true
+                Status::Failed { tries, error } if *tries >= TRIES => {
+                    return Err(StoreError::Unavailable {
+                        doing: format!("reading {}", self.key),
+                        store: self.backend.url().to_owned(),
+                        why: error.to_string(),
+                    });
                 }
-                Piece::UnderWay { since, hedged } => {
-                    let late = !*hedged && since.elapsed() >= HEDGE_AFTER;
-                    *hedged |= late;
-                    late
+                Status::Failed { .. } => {
+                    piece.status = Status::UnderWay { since: Instant::now(), hedged: true };
+                    drop(state);
+                    self.fetch(index);
+                    return Ok(self.state());
                 }
-            };
-            if ask {
-                drop(state);
-                self.fetch(piece);
-                state = self.state();
-                continue;
             }
-            let waited = self.changed.wait_timeout(state, HEDGE_AFTER / 4);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            break;
         }
+        let waited = self.changed.wait_timeout(state, HEDGE_AFTER / 4);
+        Ok(waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 
     /// Lets the threads end.
@@ -226,4 +295,32 @@ impl Fetcher {
         self.state().stopped = true;
         self.changed.notify_all();
     }
+}
+
+/// Whether all of `range` is there that the object has.
+fn has(state: &State, range: &Range<u64>) -> Result<bool> {
+    for (piece, part) in parts_of(range) {
+        let Some(piece) = state.pieces.get(piece) else {
+            return Err(StoreError::Bug("a piece past the end of a resume stream was asked for"));
+        };
+        if piece.got.len() < part.end && !matches!(piece.status, Status::Here) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn collect(state: &State, range: &Range<u64>) -> Bytes {
+    let mut parts = Vec::new();
+    for (piece, part) in parts_of(range) {
+        if let Some(piece) = state.pieces.get(piece) {
+            piece.got.for_each(part, |bytes| parts.push(bytes));
+        }
+    }
+    if parts.len() == 1 {
+        return parts.swap_remove(0);
+    }
+    let mut whole = BytesMut::with_capacity(parts.iter().map(Bytes::len).sum());
+    parts.iter().for_each(|part| whole.extend_from_slice(part));
+    whole.freeze()
 }

@@ -2,6 +2,7 @@
 
 mod build;
 mod fetch;
+mod parts;
 mod read;
 
 pub use self::{

@@ -2,10 +2,7 @@
 
 use std::{
     ops::Range,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
@@ -65,7 +62,7 @@ impl Store {
 
     fn open_with(&self, name: &Name, key: &str, fetcher: Option<Arc<Fetcher>>) -> Result<Resume> {
         let reference = self.reference(name)?.0.ok_or_else(|| self.no_such(name))?;
-        let head = match self.stream_head(key, fetcher.as_deref()) {
+        let head = match self.stream_head(key, fetcher.as_ref()) {
             Ok(head) => head.filter(|h| h.snapshot == reference.snapshot),
             Err(why) => {
                 tracing::warn!(%name, %why, "the resume stream is not usable; resuming without it");
@@ -91,7 +88,7 @@ impl Store {
         Root::decode(&self.domain, reference.root, &head.root_object).ok()
     }
 
-    fn stream_head(&self, key: &str, fetcher: Option<&Fetcher>) -> Result<Option<StreamHead>> {
+    fn stream_head(&self, key: &str, fetcher: Option<&Arc<Fetcher>>) -> Result<Option<StreamHead>> {
         let damaged = |why| StoreError::Damaged { key: key.to_owned(), why };
         let read = |range: Range<u64>| match fetcher {
             Some(fetcher) => match fetcher.bytes(range) {
@@ -161,8 +158,11 @@ impl ResumeStream {
     }
 
     fn decode(&self, frame: &StreamFrame, raw: &mut Vec<u8>) -> Result<()> {
-        let stored = self.stored(frame)?;
-        let decoded = frame.at.decode_into(&self.store.domain, &stored, raw);
+        self.decode_stored(frame, &self.stored(frame)?, raw)
+    }
+
+    fn decode_stored(&self, frame: &StreamFrame, stored: &[u8], raw: &mut Vec<u8>) -> Result<()> {
+        let decoded = frame.at.decode_into(&self.store.domain, stored, raw);
         decoded.map_err(|why| StoreError::Damaged { key: self.key.clone(), why })
     }
 
@@ -183,27 +183,58 @@ impl ResumeStream {
         Ok(Some(bytes))
     }
 
-    /// Decodes all frames of pages on `workers` threads, in order, and hands each run to `install` as (image, first
+    /// Takes a frame from `wanted` and its stored bytes: the next, or of those that are still on their way the first
+    /// to arrive.
+    fn take_frame(&self, wanted: &Mutex<Vec<(usize, Range<u64>)>>) -> Result<Option<(usize, Bytes)>> {
+        if let Some(fetcher) = &self.fetcher {
+            return fetcher.take_ready(wanted);
+        }
+        let next = {
+            let mut wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            if wanted.is_empty() { None } else { Some(wanted.remove(0)) }
+        };
+        let Some((frame, _)) = next else { return Ok(None) };
+        Ok(Some((frame, self.stored(&self.head.frames[frame])?)))
+    }
+
+    fn install_frame(
+        &self,
+        frame: &StreamFrame,
+        stored: &[u8],
+        raw: &mut Vec<u8>,
+        install: &InstallRun<'_>,
+    ) -> Result<()> {
+        let StreamPart::Pages { image, runs } = &frame.part else { return Ok(()) };
+        self.decode_stored(frame, stored, raw)?;
+        let mut at = 0;
+        for run in runs {
+            let bytes = (run.end - run.start) as usize * PAGE_BYTES;
+            install(*image, PageIndex(run.start), &raw[at..at + bytes])?;
+            at += bytes;
+        }
+        Ok(())
+    }
+
+    /// Decodes all frames of pages on `workers` threads, in the order in which they arrive, and hands each run to `install` as (image, first
     /// page, bytes). Ends with the first error of either side.
     pub fn for_each_run(&self, workers: usize, install: &InstallRun<'_>) -> Result<()> {
-        let next = AtomicUsize::new(0);
+        let frames = &self.head.frames;
+        let pages = (0..frames.len()).filter(|f| matches!(frames[*f].part, StreamPart::Pages { .. }));
+        let wanted = Mutex::new(pages.map(|f| (f, frames[f].at.range())).collect::<Vec<_>>());
         let failed = Mutex::new(None);
         let work = || {
             let mut raw = Vec::new();
-            while let Some(frame) = self.head.frames.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let StreamPart::Pages { image, runs } = &frame.part else { continue };
-                let done = self.decode(frame, &mut raw).and_then(|()| {
-                    let mut at = 0;
-                    for run in runs {
-                        let bytes = (run.end - run.start) as usize * PAGE_BYTES;
-                        install(*image, PageIndex(run.start), &raw[at..at + bytes])?;
-                        at += bytes;
+            loop {
+                let done = match self.take_frame(&wanted) {
+                    Ok(None) => return,
+                    Ok(Some((frame, stored))) => {
+                        self.install_frame(&frames[frame], &stored, &mut raw, install)
                     }
-                    Ok(())
-                });
+                    Err(error) => Err(error),
+                };
                 if let Err(error) = done {
                     failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    next.store(usize::MAX / 2, Ordering::Relaxed);
+                    wanted.lock().unwrap_or_else(PoisonError::into_inner).clear();
                     return;
                 }
             }
