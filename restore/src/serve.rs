@@ -135,25 +135,7 @@ impl Core {
     }
 
     /// Installs from a decoded frame: for a fault, the absent neighbours of its run too.
-    ///
-    /// The page that a vCPU waits for goes by itself, so that its neighbours do not keep the vCPU waiting: copying a
-    /// whole frame takes longer than all the rest of a fault.
     fn install(&self, waiter: Waiter, decoded: &DecodedFrame) {
-        let Waiter { wanted, extent, since } = waiter;
-        if since.is_some()
-            && let Content::Frame { slot, .. } = extent.content
-            && let Some(run) = self.plan.pages_of(wanted.first())
-            && let Some(skip) = run.first.0.checked_sub(extent.first.0)
-            && let Some(bytes) = decoded.slots(slot.get() as u64 + skip, wanted.cells())
-            && wanted.cells() < extent.pages
-        {
-            self.filled(self.fill(wanted, Bytes::Of(bytes)), since);
-            return self.install_neighbours(waiter, decoded, None);
-        }
-        self.install_neighbours(waiter, decoded, since);
-    }
-
-    fn install_neighbours(&self, waiter: Waiter, decoded: &DecodedFrame, booked: Option<Instant>) {
         let Waiter { wanted, extent, since } = waiter;
         let span = match since {
             Some(_) => self.plan.clip(wanted.region(), extent.first.0, extent.end()).unwrap_or(wanted),
@@ -164,11 +146,10 @@ impl Core {
             decoded.slots(slot.get() as u64 + (run.first.0 - extent.first.0), span.cells())
         });
         match bytes {
-            Some(bytes) => match (self.fill(span, Bytes::Of(bytes)), since, booked) {
-                // Neighbours of a fault count neither as prefetched nor as a fault of their own.
-                (Ok(_), Some(_), None) => {}
-                (done, _, _) => self.filled(done, since),
-            },
+            Some(bytes) => {
+                let done = self.fill(span, Bytes::Of(bytes));
+                self.filled(done, since);
+            }
             None => {
                 let message = format!(
                     "its frame holds {} pages, fewer than its page map says; run `verify` on the snapshot",

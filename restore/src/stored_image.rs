@@ -93,7 +93,7 @@ impl PageSource for StoredImage {
 
     fn try_fetch(&self, frame: FrameToken) -> Option<DecodedFrame> {
         let place = self.place(frame, self.image.loaded_section(section_of(frame))?).ok()?;
-        Some(DecodedFrame::new(Arc::new(self.image.frame_at_hand(&place)?)))
+        Some(DecodedFrame::new(Arc::new(self.image.loaded_frame(&place)?)))
     }
 }
 
