@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::{
-    demo, du, export, gc, import, key, ls, repack, resume, rm, serve_uffd, show, standby, verify,
+    bench, demo, du, export, gc, import, key, ls, repack, resume, rm, serve_uffd, show, standby, verify,
 };
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
@@ -74,6 +74,8 @@ pub(crate) enum Command {
     Gc(gc::GcArgs),
     /// Rewrite wasteful packs and compress them harder, without changing any snapshot
     Repack(repack::RepackArgs),
+    /// Measure how fast Dormouse is on this machine, against what the hardware allows
+    Bench(bench::BenchArgs),
     /// Show it all: boot a machine, put it on standby, wake it 20 times and let it verify its memory
     Demo(demo::DemoArgs),
     #[command(subcommand, hide = true)]

@@ -1,5 +1,6 @@
 //! One file per command. Each does its work, then prints once: nothing, or one document.
 
+pub(crate) mod bench;
 pub(crate) mod demo;
 pub(crate) mod du;
 pub(crate) mod export;
@@ -28,6 +29,7 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Export(args) => export::run(&args, context),
         Command::Ls(args) => ls::run(&args, context),
         Command::Show(args) => show::run(&args, context),
+        Command::Bench(args) => bench::run(&args, context),
         Command::Demo(args) => demo::run(&args, context),
         Command::DemoGuest(command) => demo::guest::run(&command, context),
         Command::Du(args) => du::run(&args, context),
