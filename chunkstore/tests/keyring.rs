@@ -244,7 +244,8 @@ fn two_domains_share_nothing_and_learn_nothing_of_each_other() {
     let second = machine.import(&two, "same-name", None).unwrap();
     // The second stores all of it again: how much is new says nothing of what the first has.
     assert_eq!((first.new_bytes, first.objects), (second.new_bytes, second.objects));
-    assert_eq!(first.stored_bytes, second.stored_bytes);
+    // Keyed ids and times are other bytes in each, and compress to a byte more or less; one shared page would be 2 KiB.
+    assert!(first.stored_bytes.abs_diff(second.stored_bytes) < 64, "{first:?} {second:?}");
     assert_ne!(first.snapshot, second.snapshot, "identities are keyed");
     let (ours, theirs) = (folder(&backend, &one), folder(&backend, &two));
     assert!(!ours.is_empty() && ours.is_disjoint(&theirs), "not one name in common");
