@@ -185,17 +185,6 @@ impl Image {
         self.snapshot.store.frames.peek((at.pack.id, at.frame.offset))
     }
 
-    /// The frame if it is in memory, or if its stored bytes are: those are verified and decoded here.
-    pub fn frame_at_hand(&self, at: &FramePlace) -> Option<DecodedFrame> {
-        self.loaded_frame(at).or_else(|| {
-            let store = &self.snapshot.store;
-            let stored = store.backend.get_at_hand(&store.keys.pack(at.pack.id), at.frame.range())?;
-            // What is wrong with it is for the ordinary way to find out and to tell.
-            let raw = at.frame.decode(&store.domain, &stored).ok()?;
-            store.frames.get((at.pack.id, at.frame.offset), || Ok(raw)).ok()
-        })
-    }
-
     /// What it holds from `page` on, up to the end of a frame or a section. Reads the section if it must.
     pub fn locate(&self, page: PageIndex) -> Result<Pages> {
         let left = self.pages().0.saturating_sub(page.0);
