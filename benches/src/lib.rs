@@ -93,7 +93,7 @@ const GROUPS: [(&[&str], Measure); 12] = [
     (&["install_warm_64mib"], install::warm),
     (&["fault_hit"], fault::hit),
     (&["fault_miss_local"], fault::miss_local),
-    (&["touch_all_random"], fault::touch_all),
+    (&["touch_all_random", "touch_all_on_demand"], fault::touch_all),
     (&["cold_first_page", "cold_ready_24mib", "cold_requests"], cold::near),
     (&["cold_tail", "cold_5ms"], cold::others),
     (&["grow_vm_size"], grow::vm_size),

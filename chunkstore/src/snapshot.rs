@@ -185,6 +185,17 @@ impl Image {
         self.snapshot.store.frames.peek((at.pack.id, at.frame.offset))
     }
 
+    /// The frame if it is in memory, or if its stored bytes are (in the page cache): those are verified and decoded
+    /// here. Waits for no disk, no network and no other thread.
+    pub fn frame_at_hand(&self, at: &FramePlace) -> Option<DecodedFrame> {
+        let store = &self.snapshot.store;
+        store.frames.get_near((at.pack.id, at.frame.offset), |raw| {
+            let stored = store.backend.get_at_hand(&store.keys.pack(at.pack.id), at.frame.range())?;
+            // What is wrong with it is for the ordinary way to find out and to tell.
+            at.frame.decode_into(&store.domain, &stored, raw).ok()
+        })
+    }
+
     /// What it holds from `page` on, up to the end of a frame or a section. Reads the section if it must.
     pub fn locate(&self, page: PageIndex) -> Result<Pages> {
         let left = self.pages().0.saturating_sub(page.0);

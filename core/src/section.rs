@@ -136,6 +136,20 @@ impl Section {
         })
     }
 
+    /// The extents that show pages of `frame` (an index into [`Section::frames`]), in page order.
+    pub fn extents_of(&self, frame: u32) -> impl Iterator<Item = (usize, Extent)> + '_ {
+        let first = u64::from(frame) * FRAME_PAGES_MAX as u64;
+        let end = first + FRAME_PAGES_MAX as u64;
+        self.runs.iter().filter_map(move |run| {
+            let place = u64::from(run.place?);
+            let from = place.max(first);
+            let to = (place + u64::from(run.pages)).min(end);
+            let pages = to.checked_sub(from).filter(|n| *n > 0)?;
+            let at = usize::from(run.first_page) + (from - place) as usize;
+            Some((at, Extent::Frame { frame, slot: Slot::of_place(from as u32), pages }))
+        })
+    }
+
     /// One past the last page that is not zero.
     pub fn end_page(&self) -> usize {
         self.runs.last().map_or(0, |r| usize::from(r.first_page) + usize::from(r.pages))

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::core::{Core, Fault, lock};
+use crate::locality::Locality;
 use crate::plan::Span;
+use crate::serve::Inline;
 use crate::state::{Action, PageEvent};
 
 /// How often a quiet VM is looked after: nothing else tells that its process has ended.
@@ -14,10 +16,13 @@ const LIFE_CHECK: Duration = Duration::from_secs(1);
 /// Wakes of one page in a row without it appearing before it is taken for missing against all expectation.
 const STALE_MAX: u32 = 1000;
 
+/// How long after a fault nothing else is begun: a vCPU that was just woken may be about to fault again.
+const GRACE: Duration = Duration::from_micros(40);
+
 /// Answers faults until the restore stops.
 pub(crate) fn run(core: &Core) {
     let mut last_fault = None;
-    let mut stale = Stale::default();
+    let (mut stale, mut locality) = (Stale::default(), Locality::default());
     let mut faults = Vec::new();
     while !core.is_stopping() {
         if let Err(error) = core.pump() {
@@ -31,7 +36,12 @@ pub(crate) fn run(core: &Core) {
         if !faults.is_empty() {
             core.timeline.mark("first fault");
             last_fault = Some(Instant::now());
-            answer(core, &mut faults, &mut stale);
+            answer(core, &mut faults, &mut stale, &mut locality);
+            core.queue.share_rests();
+        } else if last_fault.is_none_or(|at| at.elapsed() > GRACE)
+            && let Some(rest) = core.queue.take_rest()
+        {
+            core.work_off(rest, || core.event_waits());
         } else if last_fault.is_some_and(|at| at.elapsed() < core.policy.spin) {
             std::hint::spin_loop();
         } else {
@@ -40,8 +50,8 @@ pub(crate) fn run(core: &Core) {
     }
 }
 
-fn answer(core: &Core, faults: &mut Vec<Fault>, stale: &mut Stale) {
-    let mut inline = None;
+fn answer(core: &Core, faults: &mut Vec<Fault>, stale: &mut Stale, locality: &mut Locality) {
+    let mut missing = None;
     for fault in faults.drain(..) {
         let found =
             core.memory.find(fault.address).and_then(|(region, page)| core.plan.span(region, page, 1));
@@ -54,10 +64,15 @@ fn answer(core: &Core, faults: &mut Vec<Fault>, stale: &mut Stale) {
                 if let Some(run) = core.plan.pages_of(cell.first()) {
                     lock(&core.recorder).touched(run.first, fault.at);
                 }
-                // One is answered here, the others by the workers meanwhile.
-                match inline {
-                    None => inline = Some((cell, fault.at)),
-                    Some(_) => core.queue.demand(cell, fault.at),
+                // Those whose bytes are there first. Of the others one is answered here, if it needs no waiting, the
+                // rest by the workers meanwhile.
+                match core.serve_hit(cell, fault.at, locality) {
+                    Inline::Served => {}
+                    Inline::Unknown => core.queue.demand(cell, fault.at),
+                    Inline::Missing(frame, waiter) => match missing {
+                        None => missing = Some((frame, waiter)),
+                        Some(_) => core.serve_far(frame, waiter),
+                    },
                 }
             }
             Action::InstallZero => {
@@ -73,10 +88,8 @@ fn answer(core: &Core, faults: &mut Vec<Fault>, stale: &mut Stale) {
             _ => {}
         }
     }
-    if let Some((cell, at)) = inline
-        && !core.serve_inline(cell, at)
-    {
-        core.queue.demand(cell, at);
+    if let Some((frame, waiter)) = missing {
+        core.serve_near(frame, waiter);
     }
 }
 
@@ -101,6 +114,15 @@ impl Stale {
         let outcome = core.installer.poison(cell);
         core.counters.poisoned.add(u64::from(outcome == crate::outcome::Outcome::Done));
         core.installer.wake(cell);
+    }
+}
+
+impl Core {
+    /// Whether the kernel, or another thread that read its messages, has something for the fault thread.
+    fn event_waits(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.memory.uffd().as_fd(), PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        !lock(&self.inbox).is_empty() || poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 }
 

@@ -18,6 +18,17 @@ pub(crate) struct Waiter {
     pub(crate) extent: Extent,
     /// When the fault was read; `None` for prefetch.
     pub(crate) since: Option<Instant>,
+    /// How much of the run a fault is given before anything else is done.
+    pub(crate) reach: Reach,
+}
+
+/// How much is installed at once for a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// The page that is waited for; all else once nobody waits.
+    Page,
+    /// The absent pages of its run too: the guest is on its way to them, or comes from far away anyhow.
+    Run,
 }
 
 /// What to do for a [`Waiter`].

@@ -10,8 +10,9 @@
 //!    -> kernel queues an event -> pump.rs reads it (REMOVE events are applied first)
 //!    -> fault_loop.rs asks state.rs what to do, through table.rs
 //!    -> serve.rs asks source.rs where the page is, fetches its frame once (frames.rs)
-//!    -> fill.rs claims the absent pages of that frame and installs them in one ioctl (install.rs)
+//!    -> fill.rs claims the page, or its whole run if the guest walks (locality.rs), and installs it (install.rs)
 //!    -> the kernel wakes the vCPU
+//!    -> rest.rs installs what else the image shows of that frame, once nobody waits
 //! ```
 //!
 //! Rules the code keeps, each with a test:
@@ -43,8 +44,10 @@ mod failure;
 mod fault_loop;
 mod fill;
 mod frames;
+mod locality;
 mod pump;
 mod queue;
+mod rest;
 mod serve;
 mod worker;
 

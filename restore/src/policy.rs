@@ -97,7 +97,7 @@ impl Default for Policy {
             prefetch_workers: 2,
             zero_step_pages: 64,
             step_pages: 512,
-            spin: Duration::from_micros(30),
+            spin: Duration::from_micros(80),
             decoded_frames: 16,
             retry: Retry::default(),
             fail_closed: FailClosed::Hold,

@@ -7,15 +7,27 @@ use std::time::{Duration, Instant};
 
 use crate::core::lock;
 use crate::plan::{PageSize, Span};
+use crate::rest::Rest;
+use crate::source::FrameToken;
 
 /// Cells of small pages a worker prefetches before it looks for something more urgent: 2 MiB.
 pub(crate) const PREFETCH_STEP_PAGES: u64 = PageSize::Huge.pages();
 
+/// Frames whose other pages wait when a worker is roused for them: the fault thread has had no time.
+const RESTS_SHARED: usize = 16;
+
+/// Frames whose other pages may wait to be installed. Beyond that the oldest are left to faults and prefetch.
+const RESTS_MAX: usize = 64;
+
 /// One piece of work.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) enum Job {
     /// A vCPU waits for this cell, since then.
     Demand(Span, Instant),
+    /// vCPUs wait for this frame, whose fetch has begun.
+    DemandFrame(FrameToken),
+    /// What a fault left.
+    Rest(Rest),
     /// These cells will be wanted. At most 2 MiB.
     Prefetch(Span),
 }
@@ -27,11 +39,19 @@ pub(crate) struct Queue {
     ready: Condvar,
     idle: Condvar,
     demand_waiting: AtomicUsize,
+    rests: AtomicUsize,
+}
+
+#[derive(Debug)]
+enum Demand {
+    Cell(Span, Instant),
+    Frame(FrameToken),
 }
 
 #[derive(Debug, Default)]
 struct Lanes {
-    demand: VecDeque<(Span, Instant)>,
+    demand: VecDeque<Demand>,
+    rest: VecDeque<Rest>,
     prefetch: VecDeque<(Span, PageSize)>,
     prefetching: usize,
     stopped: bool,
@@ -39,9 +59,49 @@ struct Lanes {
 
 impl Queue {
     pub(crate) fn demand(&self, cell: Span, since: Instant) {
-        lock(&self.lanes).demand.push_back((cell, since));
+        self.push(Demand::Cell(cell, since));
+    }
+
+    /// A frame that is waited for and has to be fetched by a worker.
+    pub(crate) fn demand_frame(&self, frame: FrameToken) {
+        self.push(Demand::Frame(frame));
+    }
+
+    fn push(&self, demand: Demand) {
+        lock(&self.lanes).demand.push_back(demand);
         self.demand_waiting.fetch_add(1, Ordering::Relaxed);
         self.ready.notify_one();
+    }
+
+    /// Leaves `rest` for later. Rouses no worker: that is for [`Queue::share_rests`].
+    pub(crate) fn leave(&self, rest: Rest) {
+        let mut lanes = lock(&self.lanes);
+        if lanes.rest.iter().any(|other| other.is_same(&rest)) {
+            return;
+        }
+        if lanes.rest.len() >= RESTS_MAX {
+            lanes.rest.pop_front();
+        }
+        lanes.rest.push_back(rest);
+        self.rests.store(lanes.rest.len(), Ordering::Relaxed);
+    }
+
+    /// The oldest of what faults left.
+    pub(crate) fn take_rest(&self) -> Option<Rest> {
+        if self.rests.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        let mut lanes = lock(&self.lanes);
+        let rest = lanes.rest.pop_front();
+        self.rests.store(lanes.rest.len(), Ordering::Relaxed);
+        rest
+    }
+
+    /// Has a worker see to what faults left, if much of it has gathered.
+    pub(crate) fn share_rests(&self) {
+        if self.rests.load(Ordering::Relaxed) >= RESTS_SHARED {
+            self.ready.notify_one();
+        }
     }
 
     pub(crate) fn prefetch(&self, spans: impl IntoIterator<Item = (Span, PageSize)>) {
@@ -69,9 +129,16 @@ impl Queue {
             if lanes.stopped {
                 return None;
             }
-            if let Some((span, since)) = lanes.demand.pop_front() {
+            if let Some(demand) = lanes.demand.pop_front() {
                 self.demand_waiting.fetch_sub(1, Ordering::Relaxed);
-                return Some(Job::Demand(span, since));
+                return Some(match demand {
+                    Demand::Cell(span, since) => Job::Demand(span, since),
+                    Demand::Frame(frame) => Job::DemandFrame(frame),
+                });
+            }
+            if let Some(rest) = lanes.rest.pop_front() {
+                self.rests.store(lanes.rest.len(), Ordering::Relaxed);
+                return Some(Job::Rest(rest));
             }
             if !demand_only && let Some((span, size)) = lanes.prefetch.pop_front() {
                 let step = PREFETCH_STEP_PAGES / size.pages();

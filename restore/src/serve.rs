@@ -9,10 +9,22 @@ use dormouse_core::page::{PAGE_BYTES, PageIndex};
 use crate::core::{Core, lock};
 use crate::error::RestoreError;
 use crate::fill::Bytes;
-use crate::frames::{Begin, Waiter};
+use crate::frames::{Begin, Reach, Waiter};
+use crate::locality::Locality;
 use crate::plan::{PageSize, Span};
+use crate::rest::Rest;
 use crate::source::{Content, DecodedFrame, Extent, FrameToken, SourceError, SourceErrorKind};
 use crate::state::PageState;
+
+/// What the fault thread could do about a fault by itself.
+pub(crate) enum Inline {
+    /// All of it.
+    Served,
+    /// Its frame is not decoded.
+    Missing(FrameToken, Waiter),
+    /// Where its page is has to be looked up.
+    Unknown,
+}
 
 impl Core {
     /// Answers a fault, waiting for the source as long as it takes.
@@ -22,29 +34,68 @@ impl Core {
         }
         let Some(page) = self.awaited_page(cell) else { return };
         match self.located(page) {
-            Ok(extent) => self.serve_extent(cell, extent, Some(since)),
+            Ok(extent) => {
+                self.serve_extent(Waiter { wanted: cell, extent, since: Some(since), reach: Reach::Run })
+            }
             Err(error) => self.fail_cells(cell, &error),
         }
     }
 
-    /// Answers a fault without waiting; false if that is not possible.
-    pub(crate) fn serve_inline(&self, cell: Span, since: Instant) -> bool {
+    /// Answers a fault from what is decoded already. Otherwise says what is missing.
+    pub(crate) fn serve_hit(&self, cell: Span, since: Instant, locality: &mut Locality) -> Inline {
         if self.page_size(cell) == PageSize::Huge {
-            return false;
+            return Inline::Unknown;
         }
-        let Some(page) = self.awaited_page(cell) else { return true };
+        let Some(page) = self.awaited_page(cell) else { return Inline::Served };
         let source = self.plan.source();
         let located = catch_unwind(AssertUnwindSafe(|| source.try_locate(page))).ok().flatten();
-        let Some(extent) = located.filter(|e| e.contains(page)) else { return false };
+        let Some(extent) = located.filter(|e| e.contains(page)) else { return Inline::Unknown };
+        let reach = if locality.walks(page.0, &extent) { Reach::Run } else { Reach::Page };
+        let waiter = Waiter { wanted: cell, extent, since: Some(since), reach };
         let Content::Frame { frame, .. } = extent.content else {
-            self.serve_extent(cell, extent, Some(since));
-            return true;
+            self.install_zeros(waiter);
+            return Inline::Served;
         };
         let fetched = || catch_unwind(AssertUnwindSafe(|| source.try_fetch(frame))).ok().flatten();
-        let Some(decoded) = self.frames.kept(frame).or_else(fetched) else { return false };
+        let Some(decoded) = self.frames.kept(frame).or_else(fetched) else {
+            return Inline::Missing(frame, waiter);
+        };
         self.counters.inline_hits.add(1);
-        self.install(Waiter { wanted: cell, extent, since: Some(since) }, &decoded);
-        true
+        self.install(waiter, &decoded);
+        self.leave_rest(frame, waiter.extent, &decoded);
+        Inline::Served
+    }
+
+    /// Answers a fault by decoding its frame here, if its stored bytes are at hand; else by a worker.
+    pub(crate) fn serve_near(&self, frame: FrameToken, waiter: Waiter) {
+        match self.frames.begin(frame, waiter, || self.table.any_wanted(waiter.wanted)) {
+            Begin::Fetch => {
+                let source = self.plan.source();
+                let near = catch_unwind(AssertUnwindSafe(|| source.fetch_at_hand(frame))).ok().flatten();
+                match near {
+                    Some(decoded) => {
+                        self.counters.fetches.add(1);
+                        self.counters.inline_hits.add(1);
+                        self.deliver(frame, &decoded);
+                    }
+                    None => self.queue.demand_frame(frame),
+                }
+            }
+            Begin::AtHand(decoded) => {
+                self.install(waiter, &decoded);
+                self.leave_rest(frame, waiter.extent, &decoded);
+            }
+            Begin::Attached | Begin::Unneeded => {}
+        }
+    }
+
+    /// Answers a fault by a worker.
+    pub(crate) fn serve_far(&self, frame: FrameToken, waiter: Waiter) {
+        match self.frames.begin(frame, waiter, || self.table.any_wanted(waiter.wanted)) {
+            Begin::Fetch => self.queue.demand_frame(frame),
+            Begin::AtHand(decoded) => self.install(waiter, &decoded),
+            Begin::Attached | Begin::Unneeded => {}
+        }
     }
 
     /// Prefetches `span`, at most 2 MiB, giving way to faults between frames.
@@ -70,7 +121,7 @@ impl Core {
                 Ok(extent) => {
                     let here = left.part(0, extent.end() - run.first.0);
                     at += here.cells();
-                    self.serve_extent(here, extent, None);
+                    self.serve_extent(Waiter { wanted: here, extent, since: None, reach: Reach::Run });
                 }
                 Err(error) => {
                     self.fill_failed(run.first, &error);
@@ -81,12 +132,11 @@ impl Core {
     }
 
     /// Installs what `wanted` needs of `extent`, in which it lies.
-    fn serve_extent(&self, wanted: Span, extent: Extent, since: Option<Instant>) {
-        match extent.content {
-            Content::Zero => self.install_zeros(wanted, extent, since),
+    fn serve_extent(&self, waiter: Waiter) {
+        match waiter.extent.content {
+            Content::Zero => self.install_zeros(waiter),
             Content::Frame { frame, .. } => {
-                let waiter = Waiter { wanted, extent, since };
-                match self.frames.begin(frame, waiter, || self.table.any_wanted(wanted)) {
+                match self.frames.begin(frame, waiter, || self.table.any_wanted(waiter.wanted)) {
                     Begin::Fetch => self.fetch_and_install(frame),
                     Begin::AtHand(decoded) => self.install(waiter, &decoded),
                     Begin::Attached | Begin::Unneeded => {}
@@ -95,9 +145,11 @@ impl Core {
         }
     }
 
-    fn install_zeros(&self, wanted: Span, extent: Extent, since: Option<Instant>) {
+    fn install_zeros(&self, waiter: Waiter) {
+        let Waiter { wanted, extent, since, reach } = waiter;
         let mut span = wanted;
         if since.is_some()
+            && reach == Reach::Run
             && let Some(run) = self.plan.pages_of(wanted.first())
         {
             // The block of that many pages around the fault, as far as the zeros go.
@@ -108,24 +160,42 @@ impl Core {
         }
         let done = self.fill(span, Bytes::Zero);
         self.filled(done, since);
+        if since.is_some()
+            && let Some(run) = self.plan.pages_of(wanted.first())
+        {
+            self.queue.leave(Rest::of_zeros(&extent, run.first));
+        }
     }
 
-    fn fetch_and_install(&self, frame: FrameToken) {
-        match self.fetched(frame) {
-            Ok(decoded) => {
+    /// Serves all who wait for a frame, whose bytes have come.
+    fn deliver(&self, frame: FrameToken, decoded: &DecodedFrame) {
+        let (mut shown, mut fault) = (0, None);
+        while let Some(waiters) = self.frames.waiters(frame) {
+            for waiter in waiters {
+                // A fault gets all that the run shows of the frame; a prefetch what it asked for.
+                shown += waiter.since.map_or(waiter.wanted.cells(), |_| waiter.extent.pages);
                 // Kept before the fetch ends, so that no other thread can start another in between.
-                let mut shown = 0;
-                while let Some(waiters) = self.frames.waiters(frame) {
-                    for waiter in waiters {
-                        // A fault gets all that the run shows of the frame; a prefetch what it asked for.
-                        shown += waiter.since.map_or(waiter.wanted.cells(), |_| waiter.extent.pages);
-                        if shown < decoded.pages() {
-                            self.frames.keep(frame, &decoded);
-                        }
-                        self.install(waiter, &decoded);
-                    }
+                if shown < decoded.pages() {
+                    self.frames.keep(frame, decoded);
                 }
+                self.install(waiter, decoded);
+                fault = fault.or(waiter.since.map(|_| waiter));
             }
+        }
+        if let Some(waiter) = fault {
+            self.leave_rest(frame, waiter.extent, decoded);
+        }
+    }
+
+    /// Leaves the frame's other pages for when nobody waits. The image may show each of them in several places.
+    fn leave_rest(&self, frame: FrameToken, run: Extent, decoded: &DecodedFrame) {
+        self.queue.leave(Rest::of_frame(run, frame, decoded.clone()));
+    }
+
+    /// Fetches a frame, which this thread has begun, for all who wait for it.
+    pub(crate) fn fetch_and_install(&self, frame: FrameToken) {
+        match self.fetched(frame) {
+            Ok(decoded) => self.deliver(frame, &decoded),
             Err(error) => {
                 for waiter in self.frames.abandon(frame) {
                     self.withhold(&waiter, &error);
@@ -134,12 +204,14 @@ impl Core {
         }
     }
 
-    /// Installs from a decoded frame: for a fault, the absent neighbours of its run too.
+    /// Installs from a decoded frame: for a fault, as far as it reaches.
     fn install(&self, waiter: Waiter, decoded: &DecodedFrame) {
-        let Waiter { wanted, extent, since } = waiter;
+        let Waiter { wanted, extent, since, reach } = waiter;
         let span = match since {
-            Some(_) => self.plan.clip(wanted.region(), extent.first.0, extent.end()).unwrap_or(wanted),
-            None => wanted,
+            Some(_) if reach == Reach::Run => {
+                self.plan.clip(wanted.region(), extent.first.0, extent.end()).unwrap_or(wanted)
+            }
+            _ => wanted,
         };
         let bytes = self.plan.pages_of(span.first()).and_then(|run| {
             let Content::Frame { slot, .. } = extent.content else { return None };

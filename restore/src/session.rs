@@ -302,7 +302,7 @@ impl Core {
     }
 
     /// The cells of all regions wholly inside `run`.
-    fn spans(&self, run: PageRun) -> Vec<Span> {
+    pub(crate) fn spans(&self, run: PageRun) -> Vec<Span> {
         let end = run.first.0.saturating_add(run.pages);
         let clipped = self.plan.regions().filter_map(|r| {
             let first = r.image_first.0.max(run.first.0);

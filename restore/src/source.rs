@@ -32,9 +32,20 @@ pub trait PageSource: Send + Sync + 'static {
         None
     }
 
-    /// [`fetch`](Self::fetch) if the frame is at hand already: called on the fault thread. `None` sends the
-    /// fault to a worker.
+    /// [`fetch`](Self::fetch) if the frame is decoded already: called on the fault thread.
     fn try_fetch(&self, _frame: FrameToken) -> Option<DecodedFrame> {
+        None
+    }
+
+    /// [`fetch`](Self::fetch) if it takes no waiting for a disk, a network or another thread, though it may take
+    /// decoding: called on the fault thread. `None` sends the fault to a worker.
+    fn fetch_at_hand(&self, _frame: FrameToken) -> Option<DecodedFrame> {
+        None
+    }
+
+    /// All runs of the image known to show pages of `frame`, if that is quickly told: once the frame is decoded,
+    /// they are installed behind the back of the guest. Otherwise only the run of a fault is.
+    fn runs_of(&self, _frame: FrameToken) -> Option<Vec<Extent>> {
         None
     }
 }

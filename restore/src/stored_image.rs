@@ -95,6 +95,23 @@ impl PageSource for StoredImage {
         let place = self.place(frame, self.image.loaded_section(section_of(frame))?).ok()?;
         Some(DecodedFrame::new(Arc::new(self.image.loaded_frame(&place)?)))
     }
+
+    fn fetch_at_hand(&self, frame: FrameToken) -> Option<DecodedFrame> {
+        let place = self.place(frame, self.image.loaded_section(section_of(frame))?).ok()?;
+        Some(DecodedFrame::new(Arc::new(self.image.frame_at_hand(&place)?)))
+    }
+
+    fn runs_of(&self, frame: FrameToken) -> Option<Vec<Extent>> {
+        let section = self.image.loaded_section(section_of(frame))??;
+        let pages = section_of(frame).pages(self.page_count());
+        let extent = |(at, extent)| {
+            let section::Extent::Frame { slot, pages: n, .. } = extent else { return None };
+            let first = pages.start + at as u64;
+            let left = pages.end.checked_sub(first).filter(|left| *left > 0)?;
+            Some(Extent::frame(PageIndex(first), n.min(left), frame, slot))
+        };
+        Some(section.extents_of(frame.0 as u32).filter_map(extent).collect())
+    }
 }
 
 fn check(page: PageIndex, pages: PageCount) -> Result<(), SourceError> {

@@ -8,6 +8,8 @@ pub(crate) fn run(core: &Core, demand_only: bool) {
     while let Some(job) = core.queue.next(demand_only) {
         match job {
             Job::Demand(cell, since) => core.serve_demand(cell, since),
+            Job::DemandFrame(frame) => core.fetch_and_install(frame),
+            Job::Rest(rest) => core.work_off(rest, || core.queue.demand_waiting()),
             Job::Prefetch(span) => {
                 core.serve_prefetch(span);
                 core.queue.prefetch_over();

@@ -65,6 +65,12 @@ pub trait Backend: Send + Sync + Debug {
         Ok(whole.map(each).is_some())
     }
 
+    /// The bytes in `range` if they can be had without waiting for a disk or a network; `None` if not, or if that
+    /// cannot be told.
+    fn get_at_hand(&self, _key: &str, _range: Range<u64>) -> Option<Bytes> {
+        None
+    }
+
     /// The object's size, or `None`.
     fn head(&self, key: &str) -> Result<Option<u64>>;
 

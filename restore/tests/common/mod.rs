@@ -182,3 +182,12 @@ pub fn verify(image: &TestImage, mapping: &Mapping, page: u64) {
     assert!(mapping.read_page(page, &mut found));
     assert!(found == image.page(page), "page {page} is wrong (zero: {})", found.iter().all(|b| *b == 0));
 }
+
+/// Waits for what must come about, but not for ever: a test that hangs says less than one that fails.
+pub fn until(what: &str, is: impl Fn() -> bool) {
+    let start = std::time::Instant::now();
+    while !is() {
+        assert!(start.elapsed().as_secs() < 60, "waited in vain for {what}");
+        std::thread::yield_now();
+    }
+}

@@ -15,7 +15,7 @@ use std::collections::HashSet;
 
 use dormouse_chunkstore::{Snapshot, StoreError, StreamReport, TouchedRun};
 use dormouse_core::PageIndex;
-use dormouse_restore::{Content, PageRun, PageSource, RestoreHandle, SourceError, StoredImage};
+use dormouse_restore::{Content, Extent, PageRun, PageSource, RestoreHandle, SourceError, StoredImage};
 
 /// What the blob is called.
 pub const WORKING_SET_ID: &str = "dormouse-working-set";
@@ -26,7 +26,7 @@ const RUN_BYTES: usize = 12;
 /// Most runs read or written: 16 GiB of frames.
 const RUNS_MAX: usize = 1 << 17;
 /// Pages taken for a touch of a page that was zero.
-const ZERO_PAGES: u64 = 64;
+const ZERO_PAGES: u64 = 512;
 
 /// Why a stored working set cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -110,15 +110,20 @@ pub fn touched_runs(restore: &RestoreHandle, image: &StoredImage) -> Result<Vec<
     for page in restore.record().pages {
         let extent = image.locate(page)?;
         let end = extent.first.0.saturating_add(extent.pages);
-        let run = match extent.content {
-            Content::Frame { .. } => PageRun { first: extent.first, pages: extent.pages },
+        // A fault brings, sooner or later, all that the image shows of its frame, and then those pages do not fault.
+        let brought = match extent.content {
+            Content::Frame { frame, .. } => image.runs_of(frame).unwrap_or_else(|| vec![extent]),
             Content::Zero => {
                 let first = extent.first.0.max(page.0 / ZERO_PAGES * ZERO_PAGES);
-                PageRun { first: PageIndex(first), pages: ZERO_PAGES.min(end - first) }
+                vec![Extent::zero(PageIndex(first), ZERO_PAGES.min(end - first))]
             }
         };
-        if seen.insert(run.first) {
-            runs.push(run);
+        // What was touched first, then the rest.
+        let (own, others): (Vec<_>, Vec<_>) = brought.into_iter().partition(|run| run.first == extent.first);
+        for run in own.into_iter().chain(others).map(|e| PageRun { first: e.first, pages: e.pages }) {
+            if seen.insert(run.first) {
+                runs.push(run);
+            }
         }
     }
     Ok(runs)
