@@ -5,6 +5,7 @@ pub(crate) mod demo;
 pub(crate) mod du;
 pub(crate) mod export;
 pub(crate) mod gc;
+pub(crate) mod hold;
 pub(crate) mod import;
 pub(crate) mod key;
 pub(crate) mod ls;
@@ -25,6 +26,7 @@ use crate::{
 /// Runs a command.
 pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure> {
     match command {
+        Command::Hold(args) => hold::run(args, context),
         Command::Import(args) => import::run(args, context),
         Command::Export(args) => export::run(&args, context),
         Command::Ls(args) => ls::run(&args, context),

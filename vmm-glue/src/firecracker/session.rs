@@ -1,19 +1,22 @@
 //! One VM served: from its handshake until its process is gone.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
-    CountersSnapshot, FailClosed, Memory, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
+    CountersSnapshot, DetachError, FailClosed, KeptStates, KeptStatesError, Memory, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
     RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
 };
 
 use super::handshake::{Handshake, Peer};
+use super::kept_session::{KeepWith, keep, release};
 use super::patient::Patient;
 use super::regions::{self, Region};
 use super::vmm_process::{VmmProcess, VmmProcessError};
+use crate::keeper::{KeepError, Keeper, VmId};
 
 /// What is done when a page cannot be had correctly.
 ///
@@ -72,6 +75,12 @@ pub enum SessionError {
     /// The restore could not be started.
     #[error(transparent)]
     Start(#[from] RestoreError),
+    /// It could not be kept, and serving it without was not asked for.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    /// The states its pages were left in cannot be used.
+    #[error(transparent)]
+    States(#[from] KeptStatesError),
 }
 
 /// A VM that could not be served, and still waits for its memory.
@@ -92,6 +101,72 @@ pub struct Session {
     process: Arc<VmmProcess>,
     killed: Arc<Mutex<Option<String>>>,
     image_bytes: u64,
+    /// Who keeps it, and as what.
+    kept: Option<(Arc<dyn Keeper>, VmId)>,
+}
+
+/// What a session is made of.
+pub(super) struct Parts {
+    pub(super) regions: Vec<Region>,
+    pub(super) plan: Plan,
+    pub(super) memory: Memory,
+}
+
+/// A VM that is kept.
+pub(super) struct Kept {
+    pub(super) keeper: Arc<dyn Keeper>,
+    pub(super) id: VmId,
+    pub(super) states: KeptStates,
+    /// Whether nobody has served it before.
+    pub(super) is_new: bool,
+}
+
+impl Parts {
+    pub(super) fn new(
+        regions: &[Region],
+        uffd: OwnedFd,
+        source: Arc<dyn PageSource>,
+    ) -> Result<Self, SessionError> {
+        let plan = plan(source, regions)?;
+        let memory = Memory::adopt(uffd, &announced(regions))?;
+        Ok(Parts { regions: regions.to_vec(), plan, memory })
+    }
+
+    pub(super) fn serve(
+        self,
+        process: Arc<VmmProcess>,
+        options: SessionOptions,
+        kept: Option<Kept>,
+    ) -> Result<Session, SessionError> {
+        let Parts { regions, plan, memory } = self;
+        let killed = Arc::new(Mutex::new(None));
+        let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
+        let policy = Policy { retry: options.retry, fail_closed, ..Policy::default() };
+        let (handle, kept) = match kept {
+            None => (Restore::start(plan, memory, policy)?, None),
+            Some(Kept { keeper, id, states, is_new: true }) => {
+                (Restore::start_kept(plan, memory, states, policy)?, Some((keeper, id)))
+            }
+            Some(Kept { keeper, id, states, is_new: false }) => {
+                (Restore::adopt(plan, memory, states, policy)?, Some((keeper, id)))
+            }
+        };
+        if options.prefetch {
+            handle.fill_all();
+        }
+        let image_bytes = regions.iter().map(|r| r.bytes).sum();
+        Ok(Session { handle, process, killed, image_bytes, kept })
+    }
+}
+
+/// A [`Session::detach`] that could not be done.
+#[derive(Debug, thiserror::Error)]
+#[error("the VM cannot be let go: {error}")]
+pub struct DetachRefused {
+    /// It is still served.
+    pub session: Session,
+    /// Why.
+    pub error: Arc<RestoreError>,
 }
 
 /// What became of a VM.
@@ -122,34 +197,26 @@ impl Session {
         source: Arc<dyn PageSource>,
         options: SessionOptions,
     ) -> Result<Self, Box<Refusal>> {
+        Self::start_with(handshake, source, options, None)
+    }
+
+    pub(super) fn start_with(
+        handshake: Handshake,
+        source: Arc<dyn PageSource>,
+        options: SessionOptions,
+        keep_with: Option<KeepWith>,
+    ) -> Result<Self, Box<Refusal>> {
         let peer = handshake.peer;
         let process = match VmmProcess::of(&handshake.connection) {
             Ok(process) => Arc::new(process),
             Err(error) => return Err(Box::new(Refusal { error: error.into(), peer, process: None })),
         };
-        Self::start_for(handshake, process.clone(), source, options).map_err(|error| {
-            let process = Arc::into_inner(process);
-            Box::new(Refusal { error, peer, process })
-        })
-    }
-
-    fn start_for(
-        handshake: Handshake,
-        process: Arc<VmmProcess>,
-        source: Arc<dyn PageSource>,
-        options: SessionOptions,
-    ) -> Result<Self, SessionError> {
-        let plan = plan(source, &handshake.regions)?;
-        let memory = Memory::adopt(handshake.uffd, &announced(&handshake.regions))?;
-        let killed = Arc::new(Mutex::new(None));
-        let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
-        let policy = Policy { retry: options.retry, fail_closed, ..Policy::default() };
-        let handle = Restore::start(plan, memory, policy)?;
-        if options.prefetch {
-            handle.fill_all();
-        }
-        let image_bytes = handshake.regions.iter().map(|r| r.bytes).sum();
-        Ok(Self { handle, process, killed, image_bytes })
+        let session = || {
+            let parts = Parts::new(&handshake.regions, handshake.uffd, source)?;
+            let kept = keep_with.map(|with| keep(with, &parts, &process, options)).transpose()?;
+            parts.serve(process.clone(), options, kept)
+        };
+        session().map_err(|error| Box::new(Refusal { error, peer, process: Arc::into_inner(process) }))
     }
 
     /// Firecracker's process.
@@ -174,6 +241,33 @@ impl Session {
         }
     }
 
+    /// The id under which it is kept, if it is.
+    pub fn kept_as(&self) -> Option<&VmId> {
+        self.kept.as_ref().map(|(_, id)| id)
+    }
+
+    /// Installs all that is left of the VM's memory, then lets the VM go its own way: it does not need this process,
+    /// nor any other, from here on. Blocks until then.
+    ///
+    /// # Errors
+    /// [`DetachRefused`]: not all could be had, or the VM has ended. It is still served, and kept.
+    pub fn detach(self) -> Result<SessionReport, Box<DetachRefused>> {
+        let (report, Session { handle, process, killed, image_bytes, kept }) = (self.report(), self);
+        match handle.detach() {
+            Ok(counters) => {
+                if let Some((keeper, id)) = &kept {
+                    release(&**keeper, id);
+                }
+                Ok(SessionReport { counters, ..report })
+            }
+            Err(refused) => {
+                let DetachError { handle, error } = *refused;
+                let session = Session { handle, process, killed, image_bytes, kept };
+                Err(Box::new(DetachRefused { session, error }))
+            }
+        }
+    }
+
     /// Waits until the VM is gone, by `timeout` at the latest; gives the session back if it is still there.
     ///
     /// The process, and neither the connection nor the restore, tells: a VM whose page could not be installed
@@ -186,6 +280,9 @@ impl Session {
             return Ok(Err(self));
         }
         let report = self.report();
+        if let Some((keeper, id)) = &self.kept {
+            release(&**keeper, id);
+        }
         // No vCPU runs without its process.
         let counters = self.handle.stop(VmStopped::attest());
         Ok(Ok(SessionReport { counters, ..report }))

@@ -1,0 +1,135 @@
+//! Sessions that outlive the process: kept before the first page is served, gone on with by the next process.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dormouse_restore::{KeptStates, PageSource};
+
+use super::handshake::{Handshake, Peer};
+use super::session::{Kept, Parts, Refusal, Session, SessionError, SessionOptions};
+use super::vmm_process::{VmmProcess, VmmProcessError};
+use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord};
+
+/// How long a process that served a VM before may take to be gone.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(30);
+
+/// With whom a VM is kept, and what its next server must know of it.
+#[derive(Clone, Debug)]
+pub struct KeepWith {
+    /// With whom.
+    pub keeper: Arc<dyn Keeper>,
+    /// What it is woken from.
+    pub snapshot: KeptSnapshot,
+    /// The VMM's API socket, if that is known.
+    pub api_socket: Option<PathBuf>,
+    /// Whatever else the next server should find in [`VmRecord::notes`].
+    pub notes: BTreeMap<String, String>,
+}
+
+impl Session {
+    /// As [`Session::start`], for a VM that outlives this process: its descriptors and page states are with a keeper
+    /// before it is given its first page. `keep.snapshot` must be what `source` is an image of.
+    ///
+    /// When [`Session::wait`] sees the VM end, or [`Session::detach`] lets it go, the keeper is told to release it.
+    /// Until then any process may be killed, and the next one goes on by [`Session::readopt`].
+    ///
+    /// # Errors
+    /// [`Refusal`]. The VM is not kept then, and has not got a single page.
+    pub fn start_kept(
+        handshake: Handshake,
+        source: Arc<dyn PageSource>,
+        options: SessionOptions,
+        keep: KeepWith,
+    ) -> Result<Self, Box<Refusal>> {
+        Self::start_with(handshake, source, options, Some(keep))
+    }
+
+    /// Goes on with a VM that another process served, and has left to `keeper`. `source` is the memory image of
+    /// `kept.record.snapshot`, opened by [`KeptSnapshot::open`]; `kept.record.options` says how the VM was served.
+    ///
+    /// Waits, up to half a minute, for the other process's last threads to be gone.
+    ///
+    /// # Errors
+    /// [`Refusal`]: the VM stays kept, and waits, unless its process has ended ([`SessionError::Process`]); then it is
+    /// released.
+    pub fn readopt(
+        kept: KeptVm,
+        source: Arc<dyn PageSource>,
+        options: SessionOptions,
+        keeper: Arc<dyn Keeper>,
+    ) -> Result<Self, Box<Refusal>> {
+        let peer = Peer { pid: kept.record.pid, uid: kept.record.uid };
+        let id = kept.record.id.clone();
+        let process = match VmmProcess::of_pidfd(kept.process, peer) {
+            Ok(process) => Arc::new(process),
+            Err(error) => {
+                if matches!(error, VmmProcessError::Ended(_)) {
+                    release(&*keeper, &id);
+                }
+                return Err(Box::new(Refusal { error: error.into(), peer, process: None }));
+            }
+        };
+        let parts = || {
+            let parts = Parts::new(&kept.record.regions, kept.uffd, source)?;
+            let image = image_of(&kept.record.snapshot)?;
+            let states =
+                KeptStates::open(kept.states, &parts.plan, &parts.memory, image, PREDECESSOR_PATIENCE)?;
+            let kept = Kept { keeper, id, states, is_new: false };
+            parts.serve(process.clone(), options, Some(kept))
+        };
+        parts().map_err(|error| Box::new(Refusal { error, peer, process: Arc::into_inner(process) }))
+    }
+}
+
+/// Makes page states for a VM and has it kept.
+pub(super) fn keep(
+    keep: KeepWith,
+    parts: &Parts,
+    process: &VmmProcess,
+    options: SessionOptions,
+) -> Result<Kept, SessionError> {
+    let states = KeptStates::create(&parts.plan, &parts.memory, image_of(&keep.snapshot)?)?;
+    let peer = process.peer();
+    let duplicating = |error| KeepError::Io { what: "duplicating descriptors", error };
+    let vm = KeptVm {
+        record: VmRecord {
+            id: VmId::for_process(peer.pid).map_err(duplicating)?,
+            snapshot: keep.snapshot,
+            regions: parts.regions.clone(),
+            options,
+            pid: peer.pid,
+            uid: peer.uid,
+            api_socket: keep.api_socket,
+            notes: keep.notes,
+        },
+        uffd: parts.memory.uffd().try_clone_fd().map_err(duplicating)?,
+        states: states.as_fd().try_clone_to_owned().map_err(duplicating)?,
+        process: process.try_clone_pidfd().map_err(duplicating)?,
+    };
+    keep.keeper.keep(&vm)?;
+    Ok(Kept { keeper: keep.keeper, id: vm.record.id, states, is_new: true })
+}
+
+/// Tells a keeper that a VM needs it no more. If that fails, a VM that has ended is found out by whoever takes it.
+pub(super) fn release(keeper: &dyn Keeper, id: &VmId) {
+    if let Err(error) = keeper.release(id) {
+        tracing::warn!(%id, %error, "the keeper could not be told that a VM needs it no more");
+    }
+}
+
+fn image_of(snapshot: &KeptSnapshot) -> Result<[u8; 32], SessionError> {
+    let id = snapshot.id().ok_or_else(|| KeepError::Answer("the kept snapshot's id is none".into()))?;
+    Ok(id.0)
+}
+
+/// The process a pidfd is of; `None` if it has ended.
+pub(super) fn pid_of(pidfd: &OwnedFd) -> std::io::Result<Option<i32>> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pid:"));
+    let pid = line.and_then(|pid| pid.trim().parse::<i32>().ok());
+    let pid = pid.ok_or_else(|| std::io::Error::other("the descriptor is not a pidfd"))?;
+    Ok((pid > 0).then_some(pid))
+}
