@@ -70,7 +70,9 @@ impl Core {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| RestoreError::Start(e.into()))?;
         Ok(Core {
-            events: Mutex::new(kept.as_ref().map_or_else(|| EventBuffer::new(EVENT_BATCH), |k| k.event_buffer())),
+            events: Mutex::new(
+                kept.as_ref().map_or_else(|| EventBuffer::new(EVENT_BATCH), |k| k.event_buffer()),
+            ),
             table: kept.map_or_else(|| PageTable::new(plan.cells()), PageTable::kept),
             gate: Gate(memory.uffd().may_report_removes().then(|| RwLock::new(()))),
             inbox: Mutex::default(),

@@ -54,7 +54,9 @@ pub enum LayoutError {
     #[error("it does not hold page states")]
     NotStates,
     /// Another version's.
-    #[error("it was written as version {found}, this program reads version {VERSION}: take it up with the program that wrote it")]
+    #[error(
+        "it was written as version {found}, this program reads version {VERSION}: take it up with the program that wrote it"
+    )]
     Version {
         /// Its version.
         found: u32,
@@ -114,14 +116,8 @@ impl Header {
     /// Its bytes.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];
-        let parts: [&[u8]; 6] = [
-            &MAGIC,
-            &VERSION.to_le_bytes(),
-            &[0; 4],
-            &self.cells.to_le_bytes(),
-            &self.image,
-            &self.regions,
-        ];
+        let parts: [&[u8]; 6] =
+            [&MAGIC, &VERSION.to_le_bytes(), &[0; 4], &self.cells.to_le_bytes(), &self.image, &self.regions];
         for (to, from) in out.iter_mut().zip(parts.into_iter().flatten()) {
             *to = *from;
         }

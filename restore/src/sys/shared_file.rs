@@ -192,7 +192,9 @@ fn lock(file: &OwnedFd, patience: Duration) -> Result<(), SharedFileError> {
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) if Instant::now() < deadline => {
                 std::thread::sleep(LOCK_INTERVAL);
             }
-            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Err(SharedFileError::InUse),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
+                return Err(SharedFileError::InUse);
+            }
             Err(error) => return Err(io("locking it")(error)),
         }
     }

@@ -107,7 +107,8 @@ mod model {
             });
             let action = apply(&*state, PageEvent::Fault).2;
             copier.join().unwrap();
-            let scheduled = action == Action::Schedule && apply(&*state, PageEvent::Claim).2 == Action::Install;
+            let scheduled =
+                action == Action::Schedule && apply(&*state, PageEvent::Claim).2 == Action::Install;
             assert!(woken.load(Ordering::Acquire) || action == Action::Wake || scheduled);
         });
     }

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dormouse_restore::{KeptStates, PageSource};
+use dormouse_restore::{KeptStates, Memory, PageSource, Plan};
 
 use super::handshake::{Handshake, Peer};
-use super::session::{Kept, Parts, Refusal, Session, SessionError, SessionOptions};
+use super::regions::Region;
+use super::session::{Refusal, Session, SessionError, SessionOptions};
 use super::vmm_process::{VmmProcess, VmmProcessError};
 use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord};
 
@@ -44,7 +45,7 @@ impl Session {
         options: SessionOptions,
         keep: KeepWith,
     ) -> Result<Self, Box<Refusal>> {
-        Self::start_with(handshake, source, options, Some(keep))
+        Self::begin(handshake, source, options, Keeping::With(keep))
     }
 
     /// Goes on with a VM that another process served, and has left to `keeper`. `source` is the memory image of
@@ -72,49 +73,84 @@ impl Session {
                 return Err(Box::new(Refusal { error: error.into(), peer, process: None }));
             }
         };
-        let parts = || {
-            let parts = Parts::new(&kept.record.regions, kept.uffd, source)?;
-            let image = image_of(&kept.record.snapshot)?;
-            let states =
-                KeptStates::open(kept.states, &parts.plan, &parts.memory, image, PREDECESSOR_PATIENCE)?;
-            let kept = Kept { keeper, id, states, is_new: false };
-            parts.serve(process.clone(), options, Some(kept))
-        };
-        parts().map_err(|error| Box::new(Refusal { error, peer, process: Arc::into_inner(process) }))
+        let keeping = Keeping::Taken { keeper, id, states: kept.states, snapshot: kept.record.snapshot };
+        let memory = (kept.uffd, kept.record.regions);
+        Self::start_for(memory, process.clone(), source, options, keeping).map_err(|error| {
+            let process = Arc::into_inner(process);
+            Box::new(Refusal { error, peer, process })
+        })
     }
 }
 
-/// Makes page states for a VM and has it kept.
-pub(super) fn keep(
-    keep: KeepWith,
-    parts: &Parts,
-    process: &VmmProcess,
-    options: SessionOptions,
-) -> Result<Kept, SessionError> {
-    let states = KeptStates::create(&parts.plan, &parts.memory, image_of(&keep.snapshot)?)?;
-    let peer = process.peer();
-    let duplicating = |error| KeepError::Io { what: "duplicating descriptors", error };
-    let vm = KeptVm {
-        record: VmRecord {
-            id: VmId::for_process(peer.pid).map_err(duplicating)?,
-            snapshot: keep.snapshot,
-            regions: parts.regions.clone(),
-            options,
-            pid: peer.pid,
-            uid: peer.uid,
-            api_socket: keep.api_socket,
-            notes: keep.notes,
-        },
-        uffd: parts.memory.uffd().try_clone_fd().map_err(duplicating)?,
-        states: states.as_fd().try_clone_to_owned().map_err(duplicating)?,
-        process: process.try_clone_pidfd().map_err(duplicating)?,
-    };
-    keep.keeper.keep(&vm)?;
-    Ok(Kept { keeper: keep.keeper, id: vm.record.id, states, is_new: true })
+/// Whether a session is to outlive this process.
+pub(super) enum Keeping {
+    /// It is not.
+    No,
+    /// It is, from now on.
+    With(KeepWith),
+    /// It has.
+    Taken { keeper: Arc<dyn Keeper>, id: VmId, states: OwnedFd, snapshot: KeptSnapshot },
+}
+
+/// A VM that is kept.
+#[derive(Debug)]
+pub(super) struct Kept {
+    keeper: Arc<dyn Keeper>,
+    pub(super) id: VmId,
+    /// Whether nobody has served it before.
+    pub(super) is_new: bool,
+}
+
+impl Kept {
+    pub(super) fn release(&self) {
+        release(&*self.keeper, &self.id);
+    }
+}
+
+impl Keeping {
+    /// The page states that outlive this process, with a keeper by now.
+    pub(super) fn states(
+        self,
+        plan: &Plan,
+        memory: &Memory,
+        regions: &[Region],
+        process: &VmmProcess,
+        options: SessionOptions,
+    ) -> Result<Option<(KeptStates, Kept)>, SessionError> {
+        let with = match self {
+            Keeping::No => return Ok(None),
+            Keeping::Taken { keeper, id, states, snapshot } => {
+                let image = image_of(&snapshot)?;
+                let states = KeptStates::open(states, plan, memory, image, PREDECESSOR_PATIENCE)?;
+                return Ok(Some((states, Kept { keeper, id, is_new: false })));
+            }
+            Keeping::With(with) => with,
+        };
+        let states = KeptStates::create(plan, memory, image_of(&with.snapshot)?)?;
+        let peer = process.peer();
+        let duplicating = |error| KeepError::Io { what: "duplicating descriptors", error };
+        let vm = KeptVm {
+            record: VmRecord {
+                id: VmId::for_process(peer.pid).map_err(duplicating)?,
+                snapshot: with.snapshot,
+                regions: regions.to_vec(),
+                options,
+                pid: peer.pid,
+                uid: peer.uid,
+                api_socket: with.api_socket,
+                notes: with.notes,
+            },
+            uffd: memory.uffd().try_clone_fd().map_err(duplicating)?,
+            states: states.as_fd().try_clone_to_owned().map_err(duplicating)?,
+            process: process.try_clone_pidfd().map_err(duplicating)?,
+        };
+        with.keeper.keep(&vm)?;
+        Ok(Some((states, Kept { keeper: with.keeper, id: vm.record.id, is_new: true })))
+    }
 }
 
 /// Tells a keeper that a VM needs it no more. If that fails, a VM that has ended is found out by whoever takes it.
-pub(super) fn release(keeper: &dyn Keeper, id: &VmId) {
+fn release(keeper: &dyn Keeper, id: &VmId) {
     if let Err(error) = keeper.release(id) {
         tracing::warn!(%id, %error, "the keeper could not be told that a VM needs it no more");
     }

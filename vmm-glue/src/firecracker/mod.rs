@@ -27,5 +27,5 @@ pub use kept_session::KeepWith;
 pub use listener::{HandshakeListener, ListenError};
 pub use process::{ConsoleInput, Firecracker, FirecrackerOptions, ProcessError};
 pub use regions::{PageSize, Region, RegionsError, parse_regions};
-pub use session::{DetachRefused, OnFailure, Refusal, Session, SessionError, SessionOptions, SessionReport};
+pub use session::{OnFailure, Refusal, Session, SessionError, SessionOptions, SessionReport, StillServed};
 pub use vmm_process::{VmmProcess, VmmProcessError};

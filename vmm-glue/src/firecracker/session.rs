@@ -7,16 +7,17 @@ use std::time::Duration;
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
-    CountersSnapshot, DetachError, FailClosed, KeptStates, KeptStatesError, Memory, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
-    RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
+    CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageSize, PageSource, Plan,
+    PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError,
+    VmStopped,
 };
 
 use super::handshake::{Handshake, Peer};
-use super::kept_session::{KeepWith, keep, release};
+use super::kept_session::{Keeping, Kept};
 use super::patient::Patient;
 use super::regions::{self, Region};
 use super::vmm_process::{VmmProcess, VmmProcessError};
-use crate::keeper::{KeepError, Keeper, VmId};
+use crate::keeper::{KeepError, VmId};
 
 /// What is done when a page cannot be had correctly.
 ///
@@ -101,72 +102,7 @@ pub struct Session {
     process: Arc<VmmProcess>,
     killed: Arc<Mutex<Option<String>>>,
     image_bytes: u64,
-    /// Who keeps it, and as what.
-    kept: Option<(Arc<dyn Keeper>, VmId)>,
-}
-
-/// What a session is made of.
-pub(super) struct Parts {
-    pub(super) regions: Vec<Region>,
-    pub(super) plan: Plan,
-    pub(super) memory: Memory,
-}
-
-/// A VM that is kept.
-pub(super) struct Kept {
-    pub(super) keeper: Arc<dyn Keeper>,
-    pub(super) id: VmId,
-    pub(super) states: KeptStates,
-    /// Whether nobody has served it before.
-    pub(super) is_new: bool,
-}
-
-impl Parts {
-    pub(super) fn new(
-        regions: &[Region],
-        uffd: OwnedFd,
-        source: Arc<dyn PageSource>,
-    ) -> Result<Self, SessionError> {
-        let plan = plan(source, regions)?;
-        let memory = Memory::adopt(uffd, &announced(regions))?;
-        Ok(Parts { regions: regions.to_vec(), plan, memory })
-    }
-
-    pub(super) fn serve(
-        self,
-        process: Arc<VmmProcess>,
-        options: SessionOptions,
-        kept: Option<Kept>,
-    ) -> Result<Session, SessionError> {
-        let Parts { regions, plan, memory } = self;
-        let killed = Arc::new(Mutex::new(None));
-        let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
-        let policy = Policy { retry: options.retry, fail_closed, ..Policy::default() };
-        let (handle, kept) = match kept {
-            None => (Restore::start(plan, memory, policy)?, None),
-            Some(Kept { keeper, id, states, is_new: true }) => {
-                (Restore::start_kept(plan, memory, states, policy)?, Some((keeper, id)))
-            }
-            Some(Kept { keeper, id, states, is_new: false }) => {
-                (Restore::adopt(plan, memory, states, policy)?, Some((keeper, id)))
-            }
-        };
-        if options.prefetch {
-            handle.fill_all();
-        }
-        let image_bytes = regions.iter().map(|r| r.bytes).sum();
-        Ok(Session { handle, process, killed, image_bytes, kept })
-    }
-}
-
-/// A [`Session::detach`] that could not be done.
-#[derive(Debug, thiserror::Error)]
-#[error("the VM cannot be let go: {error}")]
-pub struct DetachRefused {
-    /// It is still served.
-    pub session: Session,
-    /// Why.
-    pub error: Arc<RestoreError>,
+    kept: Option<Kept>,
 }
 
 /// What became of a VM.
@@ -197,26 +133,52 @@ impl Session {
         source: Arc<dyn PageSource>,
         options: SessionOptions,
     ) -> Result<Self, Box<Refusal>> {
-        Self::start_with(handshake, source, options, None)
+        Self::begin(handshake, source, options, Keeping::No)
     }
 
-    pub(super) fn start_with(
+    pub(super) fn begin(
         handshake: Handshake,
         source: Arc<dyn PageSource>,
         options: SessionOptions,
-        keep_with: Option<KeepWith>,
+        keeping: Keeping,
     ) -> Result<Self, Box<Refusal>> {
         let peer = handshake.peer;
         let process = match VmmProcess::of(&handshake.connection) {
             Ok(process) => Arc::new(process),
             Err(error) => return Err(Box::new(Refusal { error: error.into(), peer, process: None })),
         };
-        let session = || {
-            let parts = Parts::new(&handshake.regions, handshake.uffd, source)?;
-            let kept = keep_with.map(|with| keep(with, &parts, &process, options)).transpose()?;
-            parts.serve(process.clone(), options, kept)
+        let Handshake { uffd, regions, .. } = handshake;
+        Self::start_for((uffd, regions), process.clone(), source, options, keeping).map_err(|error| {
+            let process = Arc::into_inner(process);
+            Box::new(Refusal { error, peer, process })
+        })
+    }
+
+    pub(super) fn start_for(
+        (uffd, regions): (OwnedFd, Vec<Region>),
+        process: Arc<VmmProcess>,
+        source: Arc<dyn PageSource>,
+        options: SessionOptions,
+        keeping: Keeping,
+    ) -> Result<Self, SessionError> {
+        let plan = plan(source, &regions)?;
+        let memory = Memory::adopt(uffd, &announced(&regions))?;
+        let kept = keeping.states(&plan, &memory, &regions, &process, options)?;
+        let killed = Arc::new(Mutex::new(None));
+        let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
+        let policy = Policy { retry: options.retry, fail_closed, ..Policy::default() };
+        let (handle, kept) = match kept {
+            None => (Restore::start(plan, memory, policy)?, None),
+            Some((states, kept)) if kept.is_new => {
+                (Restore::start_kept(plan, memory, states, policy)?, Some(kept))
+            }
+            Some((states, kept)) => (Restore::adopt(plan, memory, states, policy)?, Some(kept)),
         };
-        session().map_err(|error| Box::new(Refusal { error, peer, process: Arc::into_inner(process) }))
+        if options.prefetch {
+            handle.fill_all();
+        }
+        let image_bytes = regions.iter().map(|r| r.bytes).sum();
+        Ok(Self { handle, process, killed, image_bytes, kept })
     }
 
     /// Firecracker's process.
@@ -229,6 +191,11 @@ impl Session {
         &self.handle
     }
 
+    /// The id under which it is kept, if it is.
+    pub fn kept_as(&self) -> Option<&VmId> {
+        self.kept.as_ref().map(|kept| &kept.id)
+    }
+
     /// What was done so far.
     pub fn report(&self) -> SessionReport {
         SessionReport {
@@ -238,33 +205,6 @@ impl Session {
             failures: self.handle.failures().iter().map(|e| e.to_string()).collect(),
             counters: self.handle.counters(),
             timeline: self.handle.timeline(),
-        }
-    }
-
-    /// The id under which it is kept, if it is.
-    pub fn kept_as(&self) -> Option<&VmId> {
-        self.kept.as_ref().map(|(_, id)| id)
-    }
-
-    /// Installs all that is left of the VM's memory, then lets the VM go its own way: it does not need this process,
-    /// nor any other, from here on. Blocks until then.
-    ///
-    /// # Errors
-    /// [`DetachRefused`]: not all could be had, or the VM has ended. It is still served, and kept.
-    pub fn detach(self) -> Result<SessionReport, Box<DetachRefused>> {
-        let (report, Session { handle, process, killed, image_bytes, kept }) = (self.report(), self);
-        match handle.detach() {
-            Ok(counters) => {
-                if let Some((keeper, id)) = &kept {
-                    release(&**keeper, id);
-                }
-                Ok(SessionReport { counters, ..report })
-            }
-            Err(refused) => {
-                let DetachError { handle, error } = *refused;
-                let session = Session { handle, process, killed, image_bytes, kept };
-                Err(Box::new(DetachRefused { session, error }))
-            }
         }
     }
 
@@ -280,12 +220,47 @@ impl Session {
             return Ok(Err(self));
         }
         let report = self.report();
-        if let Some((keeper, id)) = &self.kept {
-            release(&**keeper, id);
+        if let Some(kept) = &self.kept {
+            kept.release();
         }
         // No vCPU runs without its process.
         let counters = self.handle.stop(VmStopped::attest());
         Ok(Ok(SessionReport { counters, ..report }))
+    }
+}
+
+/// A [`Session::detach`] that could not be done; the VM is served as before.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct StillServed {
+    /// The session.
+    pub session: Session,
+    /// Why.
+    pub error: Arc<RestoreError>,
+}
+
+impl Session {
+    /// Installs all that is left of its memory, and lets the VM go its own way: from here on it needs nobody, and is
+    /// not kept any more. The report is as of then.
+    ///
+    /// # Errors
+    /// [`StillServed`]: not all of its memory could be had, or the VM has ended.
+    pub fn detach(self) -> Result<SessionReport, Box<StillServed>> {
+        let report = self.report();
+        let Self { handle, process, killed, image_bytes, kept } = self;
+        match handle.detach() {
+            Ok(counters) => {
+                if let Some(kept) = &kept {
+                    kept.release();
+                }
+                Ok(SessionReport { counters, ..report })
+            }
+            Err(still) => {
+                let DetachError { handle, error } = *still;
+                let session = Self { handle, process, killed, image_bytes, kept };
+                Err(Box::new(StillServed { session, error }))
+            }
+        }
     }
 }
 

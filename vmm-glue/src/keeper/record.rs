@@ -105,9 +105,10 @@ impl KeptSnapshot {
     /// # Errors
     /// The store's; [`OpenKeptError::OtherStore`] if it was kept from another one, or under another key.
     pub fn open(&self, store: &Store) -> Result<Snapshot, OpenKeptError> {
-        let pairs = self.reference.as_bytes().chunks(2).map(|pair| {
-            std::str::from_utf8(pair).ok().and_then(|text| u8::from_str_radix(text, 16).ok())
-        });
+        let pairs =
+            self.reference.as_bytes().chunks(2).map(|pair| {
+                std::str::from_utf8(pair).ok().and_then(|text| u8::from_str_radix(text, 16).ok())
+            });
         let bytes: Option<Vec<u8>> = pairs.collect();
         let reference = bytes.and_then(|bytes| Reference::decode(store.domain(), None, &bytes).ok());
         let reference = reference.filter(|r| Some(r.snapshot) == self.id());
@@ -128,7 +129,9 @@ impl KeptSnapshot {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenKeptError {
     /// The store is another one, or opened under another key.
-    #[error("snapshot {name} was not kept from {store}, or under another key: give the store and key it was woken from")]
+    #[error(
+        "snapshot {name} was not kept from {store}, or under another key: give the store and key it was woken from"
+    )]
     OtherStore {
         /// What it was called.
         name: String,

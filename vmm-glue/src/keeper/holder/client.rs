@@ -187,7 +187,8 @@ fn reach(path: &Path, program: Option<&Path>) -> Result<OwnedFd, KeepError> {
         // One that has ended lost the race for the socket, or found the last holder just ending.
         let gone = started.as_mut().is_none_or(|child| !matches!(child.try_wait(), Ok(None)));
         if gone {
-            started = Some(start(program, path).map_err(|e| no_holder(format!("{}: {e}", program.display())))?);
+            started =
+                Some(start(program, path).map_err(|e| no_holder(format!("{}: {e}", program.display())))?);
         }
         std::thread::sleep(TRY_INTERVAL);
     }

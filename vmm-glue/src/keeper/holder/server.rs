@@ -93,7 +93,9 @@ impl Holder {
                     speaking.push(id);
                 }
             }
-            ended.extend(self.vms.keys().zip(answers).filter(|(_, e)| !e.is_empty()).map(|(id, _)| id.clone()));
+            ended.extend(
+                self.vms.keys().zip(answers).filter(|(_, e)| !e.is_empty()).map(|(id, _)| id.clone()),
+            );
         }
         for id in ended {
             self.vms.remove(&id);

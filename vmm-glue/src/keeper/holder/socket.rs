@@ -25,14 +25,14 @@ pub(super) struct HolderSocket {
 impl HolderSocket {
     /// Listens at `path`; `None` if another holder does.
     pub(super) fn bind(path: &Path) -> Result<Option<Self>, HolderError> {
-        let io = |what| {
-            move |error: Errno| HolderError::Io { what, path: path.to_owned(), error: error.into() }
-        };
+        let io =
+            |what| move |error: Errno| HolderError::Io { what, path: path.to_owned(), error: error.into() };
         let address = address(path)?;
         let mut lock_path = path.as_os_str().to_owned();
         lock_path.push(".lock");
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let lock = rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR).map_err(io("opening its lock"))?;
+        let lock =
+            rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR).map_err(io("opening its lock"))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Ok(None),
@@ -40,7 +40,9 @@ impl HolderSocket {
         }
         // With the lock, whatever socket is there is nobody's any more.
         match std::fs::symlink_metadata(path) {
-            Ok(file) if !file.file_type().is_socket() => return Err(HolderError::NotASocket(path.to_owned())),
+            Ok(file) if !file.file_type().is_socket() => {
+                return Err(HolderError::NotASocket(path.to_owned()));
+            }
             Ok(_) => rustix::fs::unlink(path).map_err(io("removing a stale socket"))?,
             Err(_) => {}
         }
@@ -72,8 +74,7 @@ impl Drop for HolderSocket {
 
 /// Connects to the holder at `path`, which must be of this process's user.
 pub(super) fn connect(path: &Path) -> Result<OwnedFd, HolderError> {
-    let io =
-        |what| move |error: Errno| HolderError::Io { what, path: path.to_owned(), error: error.into() };
+    let io = |what| move |error: Errno| HolderError::Io { what, path: path.to_owned(), error: error.into() };
     let address = address(path)?;
     let flags = SocketFlags::CLOEXEC;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
