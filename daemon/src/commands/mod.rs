@@ -7,6 +7,7 @@ pub(crate) mod export;
 pub(crate) mod gc;
 pub(crate) mod hold;
 pub(crate) mod import;
+pub(crate) mod keeping;
 pub(crate) mod key;
 pub(crate) mod ls;
 pub(crate) mod repack;

@@ -11,7 +11,7 @@ use dormouse_restore::{KeptStates, Memory, PageSource, Plan};
 use super::handshake::{Handshake, Peer};
 use super::regions::Region;
 use super::session::{Refusal, Session, SessionError, SessionOptions};
-use super::vmm_process::{VmmProcess, VmmProcessError};
+use super::vmm_process::VmmProcess;
 use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord};
 
 /// How long a process that served a VM before may take to be gone.
@@ -67,7 +67,7 @@ impl Session {
         let process = match VmmProcess::of_pidfd(kept.process, peer) {
             Ok(process) => Arc::new(process),
             Err(error) => {
-                if matches!(error, VmmProcessError::Ended(_)) {
+                if error.has_ended() {
                     release(&*keeper, &id);
                 }
                 return Err(Box::new(Refusal { error: error.into(), peer, process: None }));

@@ -44,6 +44,13 @@ pub enum VmmProcessError {
     },
 }
 
+impl VmmProcessError {
+    /// Whether it is that the process has ended.
+    pub fn has_ended(&self) -> bool {
+        matches!(self, Self::Ended(_))
+    }
+}
+
 impl VmmProcess {
     /// The process that made `connection`, by the kernel's word, or that listens at its other end.
     ///
