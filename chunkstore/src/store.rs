@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use dormouse_core::{
-    Domain, DomainKey, FormatError, FrameRef, Name, PackFooter, PackId, PackRef, Root, RootId,
+    Domain, DomainKey, FormatError, FrameRef, Name, PackFooter, PackId, PackRef, Reference, Root, RootId,
     pack::{TRAILER_BYTES, parse_trailer},
 };
 
@@ -117,6 +117,13 @@ impl Store {
         let (reference, _) = self.reference(name)?;
         let reference = reference.ok_or_else(|| self.no_such(name))?;
         let root = self.read_root(reference.root, Some(name))?;
+        Ok(Snapshot::new(self.clone(), reference, root))
+    }
+
+    /// Opens the very snapshot that `reference` stood for when it was read, whatever its name stands for now.
+    pub fn open_reference(&self, reference: Reference) -> Result<Snapshot> {
+        self.settle()?;
+        let root = self.read_root(reference.root, Some(&reference.name))?;
         Ok(Snapshot::new(self.clone(), reference, root))
     }
 

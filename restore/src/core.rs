@@ -12,6 +12,7 @@ use crate::counters::Counters;
 use crate::error::RestoreError;
 use crate::frames::{CellsUnderWay, Frames};
 use crate::install::Installer;
+use crate::kept::KeptStates;
 use crate::plan::Plan;
 use crate::policy::Policy;
 use crate::queue::Queue;
@@ -64,13 +65,16 @@ impl Core {
         installer: Box<dyn Installer>,
         counters: Arc<Counters>,
         policy: Policy,
+        kept: Option<KeptStates>,
     ) -> Result<Self, RestoreError> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| RestoreError::Start(e.into()))?;
         Ok(Core {
-            table: PageTable::new(plan.cells()),
+            events: Mutex::new(
+                kept.as_ref().map_or_else(|| EventBuffer::new(EVENT_BATCH), |k| k.event_buffer()),
+            ),
+            table: kept.map_or_else(|| PageTable::new(plan.cells()), PageTable::kept),
             gate: Gate(memory.uffd().may_report_removes().then(|| RwLock::new(()))),
-            events: Mutex::new(EventBuffer::new(EVENT_BATCH)),
             inbox: Mutex::default(),
             queue: Queue::default(),
             frames: Frames::new(policy.decoded_frames),

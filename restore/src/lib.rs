@@ -27,6 +27,7 @@
 pub mod counters;
 pub mod error;
 pub mod install;
+pub mod kept;
 pub mod outcome;
 pub mod plan;
 pub mod policy;
@@ -56,6 +57,7 @@ pub mod sys;
 
 pub use counters::{Counters, CountersSnapshot};
 pub use error::RestoreError;
+pub use kept::{KeptStates, KeptStatesError};
 pub use plan::{PageRun, PageSize, Plan, PlanError, RegionSpec};
 pub use policy::{FailClosed, Policy, Retry};
 pub use session::{BulkInstaller, DetachError, Restore, RestoreHandle, VmStopped};

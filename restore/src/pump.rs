@@ -48,7 +48,7 @@ impl Core {
     }
 
     /// Marks all cells of an address range removed.
-    fn remove(&self, start: u64, end: u64, to_wake: &mut Vec<Span>) {
+    pub(crate) fn remove(&self, start: u64, end: u64, to_wake: &mut Vec<Span>) {
         for (index, region) in self.memory.regions().iter().enumerate() {
             let unit = region.page_size().bytes();
             let from = start.max(region.start());

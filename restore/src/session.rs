@@ -11,6 +11,7 @@ use crate::counters::{Counters, CountersSnapshot};
 use crate::error::RestoreError;
 use crate::fill::Bytes;
 use crate::install::{Installer, UffdCopy};
+use crate::kept::KeptStates;
 use crate::plan::{PageRun, PageSize, Plan, Span};
 use crate::policy::Policy;
 use crate::state::PageState;
@@ -36,10 +37,63 @@ impl Restore {
         policy: Policy,
         installer: impl FnOnce(Arc<Memory>, Arc<Counters>) -> Box<dyn Installer>,
     ) -> Result<RestoreHandle, RestoreError> {
+        Self::run(Self::prepare(plan, memory, policy, installer, None)?)
+    }
+
+    /// [`start`](Self::start) with page states that outlive this process if somebody keeps them, together with the
+    /// userfaultfd: see [`KeptStates::create`]. Hand both to the keeper first: from here on the guest is given pages.
+    pub fn start_kept(
+        plan: Plan,
+        memory: Memory,
+        states: KeptStates,
+        policy: Policy,
+    ) -> Result<RestoreHandle, RestoreError> {
+        let installer =
+            |memory, counters| -> Box<dyn Installer> { Box::new(UffdCopy::new(memory, counters)) };
+        Self::run(Self::prepare(plan, memory, policy, installer, Some(states))?)
+    }
+
+    /// Goes on where a process that is gone has left off, with the userfaultfd and the [`KeptStates::open`]ed page
+    /// states it left. Every vCPU whose fault that process had read, and not answered, faults again.
+    ///
+    /// Pages touched first are not recorded: the first of them are gone with that process.
+    pub fn adopt(
+        plan: Plan,
+        memory: Memory,
+        states: KeptStates,
+        policy: Policy,
+    ) -> Result<RestoreHandle, RestoreError> {
+        let installer =
+            |memory, counters| -> Box<dyn Installer> { Box::new(UffdCopy::new(memory, counters)) };
+        let removed = states.removed();
+        let policy = Policy { record_pages: 0, ..policy };
+        let core = Self::prepare(plan, memory, policy, installer, Some(states))?;
+        for (start, end) in removed {
+            core.remove(start, end, &mut Vec::new());
+        }
+        let handle = Self::run(core)?;
+        for region in handle.core.memory.regions() {
+            if let Some(all) = region.pages(0, region.bytes() / region.page_size().bytes()) {
+                all.wake();
+            }
+        }
+        Ok(handle)
+    }
+
+    fn prepare(
+        plan: Plan,
+        memory: Memory,
+        policy: Policy,
+        installer: impl FnOnce(Arc<Memory>, Arc<Counters>) -> Box<dyn Installer>,
+        kept: Option<KeptStates>,
+    ) -> Result<Arc<Core>, RestoreError> {
         check(&plan, &memory, &policy)?;
         let (memory, counters) = (Arc::new(memory), Arc::new(Counters::default()));
         let installer = installer(memory.clone(), counters.clone());
-        let core = Arc::new(Core::new(plan, memory, installer, counters, policy)?);
+        Ok(Arc::new(Core::new(plan, memory, installer, counters, policy, kept)?))
+    }
+
+    fn run(core: Arc<Core>) -> Result<RestoreHandle, RestoreError> {
         let mut handle = RestoreHandle { core: core.clone(), threads: Vec::new() };
         let mut start = |name: &str, run: fn(&Core)| {
             let core = core.clone();

@@ -2,62 +2,62 @@
 
 use std::sync::OnceLock;
 
+use crate::kept::KeptStates;
 use crate::plan::{Cell, Span};
 use crate::state::{Action, PageEvent, PageState, step};
 
-#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-
-#[cfg(feature = "loom")]
-use loom::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Cells in one lazily made leaf: 64 MiB of 4 KiB pages.
 const LEAF_CELLS: u64 = 16 * 1024;
 
-/// The state of one page; the only place where [`step`] meets memory.
-#[derive(Debug)]
-pub struct StateCell(AtomicU8);
+/// A byte that holds a page's state: the real one, or a model's.
+trait StateByte {
+    fn load(&self) -> u8;
+    fn exchange(&self, seen: u8, new: u8) -> Result<u8, u8>;
+}
 
-impl StateCell {
-    /// A page nobody asked for.
-    pub fn new() -> Self {
-        StateCell(AtomicU8::new(PageState::Absent as u8))
+impl StateByte for AtomicU8 {
+    fn load(&self) -> u8 {
+        self.load(Ordering::Acquire)
     }
-
-    /// The state now.
-    pub fn get(&self) -> PageState {
-        PageState::from_u8(self.0.load(Ordering::Acquire))
+    fn exchange(&self, seen: u8, new: u8) -> Result<u8, u8> {
+        self.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire)
     }
+}
 
-    /// Applies `event`: the state it met, the state it left and what the caller has to do.
-    pub fn apply(&self, event: PageEvent) -> (PageState, PageState, Action) {
-        let mut byte = self.0.load(Ordering::Acquire);
-        loop {
-            let state = PageState::from_u8(byte);
-            let (next, action) = step(state, event);
-            if next == state {
-                return (state, next, action);
-            }
-            match self.0.compare_exchange_weak(byte, next as u8, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return (state, next, action),
-                Err(seen) => byte = seen,
-            }
+/// Applies `event` to the page whose state is `byte`, the only place where [`step`] meets memory: the state it met,
+/// the state it left and what the caller has to do.
+fn apply(byte: &impl StateByte, event: PageEvent) -> (PageState, PageState, Action) {
+    let mut seen = byte.load();
+    loop {
+        let state = PageState::from_u8(seen);
+        let (next, action) = step(state, event);
+        if next == state {
+            return (state, next, action);
+        }
+        match byte.exchange(seen, next as u8) {
+            Ok(_) => return (state, next, action),
+            Err(now) => seen = now,
         }
     }
 }
 
-impl Default for StateCell {
-    fn default() -> Self {
-        Self::new()
-    }
+/// Where states are.
+#[derive(Debug)]
+enum States {
+    /// In this process, in leaves made when first written.
+    Own(Box<[OnceLock<Box<[AtomicU8]>>]>),
+    /// In a file that outlives it.
+    Kept(KeptStates),
 }
 
 /// The states of all cells of a plan.
 ///
-/// Leaves are made when first written, so that a large, mostly untouched machine costs nothing up front.
+/// A large, mostly untouched machine costs nothing up front, wherever they are.
 #[derive(Debug)]
 pub struct PageTable {
-    leaves: Box<[OnceLock<Box<[StateCell]>>]>,
+    states: States,
     cells: u64,
     settled: AtomicU64,
 }
@@ -66,35 +66,46 @@ impl PageTable {
     /// A table of `cells` absent pages.
     pub fn new(cells: u64) -> Self {
         let leaves = (0..cells.div_ceil(LEAF_CELLS)).map(|_| OnceLock::new()).collect();
-        PageTable { leaves, cells, settled: AtomicU64::new(0) }
+        PageTable { states: States::Own(leaves), cells, settled: AtomicU64::new(0) }
     }
 
-    fn cell(&self, cell: Cell) -> Option<&StateCell> {
+    /// A table in a file that outlives this process, with the states it holds.
+    pub fn kept(states: KeptStates) -> Self {
+        let (cells, settled) = (states.cells(), AtomicU64::new(states.settled()));
+        PageTable { states: States::Kept(states), cells, settled }
+    }
+
+    fn cell(&self, cell: Cell) -> Option<&AtomicU8> {
         if cell.0 >= self.cells {
             return None;
         }
-        let leaf = self.leaves.get((cell.0 / LEAF_CELLS) as usize)?;
-        let leaf = leaf.get_or_init(|| (0..LEAF_CELLS).map(|_| StateCell::new()).collect());
-        leaf.get((cell.0 % LEAF_CELLS) as usize)
+        match &self.states {
+            States::Own(leaves) => {
+                let leaf = leaves.get((cell.0 / LEAF_CELLS) as usize)?;
+                let absent = || (0..LEAF_CELLS).map(|_| AtomicU8::new(PageState::Absent as u8)).collect();
+                leaf.get_or_init(absent).get((cell.0 % LEAF_CELLS) as usize)
+            }
+            States::Kept(states) => states.cell(cell.0),
+        }
     }
 
     /// The state of `cell`; outside the table, [`PageState::Poisoned`].
     pub fn get(&self, cell: Cell) -> PageState {
-        if cell.0 >= self.cells {
-            return PageState::Poisoned;
-        }
-        match self.leaves.get((cell.0 / LEAF_CELLS) as usize).and_then(OnceLock::get) {
-            None => PageState::Absent,
-            Some(leaf) => {
-                leaf.get((cell.0 % LEAF_CELLS) as usize).map_or(PageState::Poisoned, StateCell::get)
-            }
+        let untouched = |leaves: &[OnceLock<_>]| {
+            leaves.get((cell.0 / LEAF_CELLS) as usize).is_some_and(|leaf| leaf.get().is_none())
+        };
+        match &self.states {
+            States::Own(leaves) if cell.0 < self.cells && untouched(leaves) => PageState::Absent,
+            _ => self
+                .cell(cell)
+                .map_or(PageState::Poisoned, |byte| PageState::from_u8(byte.load(Ordering::Acquire))),
         }
     }
 
     /// Applies `event` to `cell`. Outside the table nothing happens.
     pub fn apply(&self, cell: Cell, event: PageEvent) -> Action {
-        let Some(state) = self.cell(cell) else { return Action::None };
-        let (before, after, action) = state.apply(event);
+        let Some(byte) = self.cell(cell) else { return Action::None };
+        let (before, after, action) = apply(byte, event);
         if !before.is_settled() && after.is_settled() {
             self.settled.fetch_add(1, Ordering::AcqRel);
         }

@@ -6,6 +6,7 @@
 //! | [`minivm`] | a small VMM on `kvm-ioctls` and `vm-memory` that runs the guest program |
 //! | [`embed`] | linking Dormouse into a VMM: standby and waking in `vm-memory`'s types |
 //! | [`firecracker`] | the userfaultfd handshake, API client and process of stock Firecracker |
+//! | [`keeper`] | what outlives the serving process: a holder of descriptors, or systemd's store |
 //! | [`cloud_hypervisor`] | pure types of its offload protocol |
 //!
 //! Nothing here fetches or installs a page: that is the business of `dormouse-restore`, which [`embed`] puts to
@@ -18,5 +19,6 @@ pub mod cloud_hypervisor;
 pub mod embed;
 pub mod firecracker;
 pub mod guest;
+pub mod keeper;
 pub mod minivm;
 mod sys;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, demo, du, export, gc, import, key, ls, repack, resume, rm, serve_uffd, show, standby, verify,
+    bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve_uffd, show, standby, verify,
 };
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
@@ -82,6 +82,8 @@ pub(crate) enum Command {
     DemoGuest(demo::guest::DemoGuestCommand),
     /// Serve the memory of Firecracker VMs from a snapshot, page by page, over its userfaultfd handshake
     ServeUffd(serve_uffd::ServeUffdArgs),
+    /// Hold the descriptors of VMs for those who serve them, so that they can be restarted; started by them
+    Hold(hold::HoldArgs),
     /// Wake a VM from the store
     #[command(subcommand)]
     Resume(resume::ResumeCommand),

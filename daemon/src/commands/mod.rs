@@ -5,7 +5,9 @@ pub(crate) mod demo;
 pub(crate) mod du;
 pub(crate) mod export;
 pub(crate) mod gc;
+pub(crate) mod hold;
 pub(crate) mod import;
+pub(crate) mod keeping;
 pub(crate) mod key;
 pub(crate) mod ls;
 pub(crate) mod repack;
@@ -25,6 +27,7 @@ use crate::{
 /// Runs a command.
 pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure> {
     match command {
+        Command::Hold(args) => hold::run(args, context),
         Command::Import(args) => import::run(args, context),
         Command::Export(args) => export::run(&args, context),
         Command::Ls(args) => ls::run(&args, context),

@@ -1,6 +1,7 @@
 //! `dormouse serve-uffd NAME`: the memory of Firecracker VMs, page by page, over its userfaultfd handshake.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Write},
     path::PathBuf,
     sync::{Arc, mpsc},
@@ -11,12 +12,19 @@ use clap::{Args, ValueEnum};
 use dormouse_chunkstore::Snapshot;
 use dormouse_core::{ImageKind, Name};
 use dormouse_restore::{PageSource, Retry, StoredImage};
-use dormouse_vmm_glue::firecracker::{
-    HandshakeListener, Incoming, ListenError, OnFailure, Refusal, Session, SessionOptions, SessionReport,
+use dormouse_vmm_glue::{
+    firecracker::{
+        HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
+        SessionReport,
+    },
+    keeper::{Keeper, KeptSnapshot},
 };
 use serde::Serialize;
 
-use super::import::MEMORY;
+use super::{
+    import::MEMORY,
+    keeping::{KeepArgs, TakenUp, let_go, take_up},
+};
 use crate::{
     cli::values,
     context::{self, Context},
@@ -29,7 +37,7 @@ pub(crate) const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 /// Waits are cut into pieces of this length.
 const A_WHILE: Duration = Duration::from_secs(3600);
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub(crate) struct ServeUffdArgs {
     /// The snapshot
     #[arg(value_parser = context::name)]
@@ -42,6 +50,13 @@ pub(crate) struct ServeUffdArgs {
     /// Serve one VM, and end with it
     #[arg(long)]
     once: bool,
+
+    /// Once all of a VM's memory is there, let the VM go its own way, and report it as it is then
+    #[arg(long)]
+    detach_when_filled: bool,
+
+    #[command(flatten)]
+    keep: KeepArgs,
 
     #[command(flatten)]
     serving: ServingArgs,
@@ -107,43 +122,73 @@ struct Document {
     vm: SessionReport,
 }
 
+/// What a VM of this server is woken from, and with whom it is kept.
+struct Service<'a> {
+    args: &'a ServeUffdArgs,
+    snapshot: Snapshot,
+    source: Arc<dyn PageSource>,
+    keeper: Option<Arc<dyn Keeper>>,
+}
+
 pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Failure> {
-    let snapshot = context.open_store()?.open_snapshot(&args.name)?;
-    let source = memory_of(&snapshot)?;
-    let listener = HandshakeListener::bind(&args.socket).map_err(|e| listen_failure(&e))?;
-    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
-    tracing::info!(socket = %args.socket.display(), "waiting for Firecracker");
-    let finish = |vm: SessionReport| {
-        let (name, snapshot) = (args.name.to_string(), snapshot.reference().snapshot.to_string());
+    let store = context.open_store()?;
+    let keeper = args.keep.keeper(&args.socket)?;
+    // Those that stand still come first.
+    let taken_up = keeper.as_ref().map(|keeper| take_up(keeper, &store, args.serving.options()));
+    let mut taken_up = taken_up.transpose()?.unwrap_or_default();
+    let finish = |snapshot: &Snapshot, vm: SessionReport| {
+        let reference = snapshot.reference();
+        let (name, snapshot) = (reference.name.to_string(), reference.snapshot.to_string());
         let document = Document { name, snapshot, vm };
         context.print(&document, |out| print_report(out, &document.vm))?;
         let failed = document.vm.killed_because.is_some() || !document.vm.failures.is_empty();
         Ok(if failed { Status::Failed } else { Status::Done })
     };
+    if args.once && !taken_up.is_empty() {
+        let TakenUp { session, snapshot } = taken_up.swap_remove(0);
+        return finish(&snapshot, args.until_end(session)?);
+    }
+    let snapshot = store.open_snapshot(&args.name)?;
+    let service = Service { args, source: memory_of(&snapshot)?, snapshot, keeper };
+    let listener = HandshakeListener::bind(&args.socket).map_err(|e| listen_failure(&e))?;
+    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
+    tracing::info!(socket = %args.socket.display(), "waiting for Firecracker");
     if args.once {
-        let session = next_session(&incoming, &source, args.serving.options());
+        let session = service.next_session(&incoming);
         // Whoever else comes finds nobody here.
         drop(incoming);
-        return finish(outlive(session)?);
+        return finish(&service.snapshot, args.until_end(session)?);
     }
-    let (ended, reports) = mpsc::channel::<Result<SessionReport, Failure>>();
+    let (ended, reports) = mpsc::channel::<Result<(Snapshot, SessionReport), Failure>>();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for report in reports {
-                if let Err(failure) = report.and_then(&finish) {
+                if let Err(failure) = report.and_then(|(snapshot, vm)| finish(&snapshot, vm)) {
                     tracing::error!(%failure, "a VM's end could not be told");
                 }
             }
         });
-        loop {
-            let session = next_session(&incoming, &source, args.serving.options());
-            let ended = ended.clone();
+        let serve = |session: Session, snapshot: Snapshot| {
+            let (ended, args) = (ended.clone(), args.clone());
             // The receiver lives as long as this scope.
             std::thread::spawn(move || {
-                let _ = ended.send(outlive(session));
+                let _ = ended.send(args.until_end(session).map(|report| (snapshot, report)));
             });
+        };
+        for TakenUp { session, snapshot } in taken_up {
+            serve(session, snapshot);
+        }
+        loop {
+            serve(service.next_session(&incoming), service.snapshot.clone());
         }
     })
+}
+
+impl ServeUffdArgs {
+    /// Waits until the VM needs this process no more.
+    fn until_end(&self, session: Session) -> Result<SessionReport, Failure> {
+        if self.detach_when_filled { let_go(session) } else { outlive(session) }
+    }
 }
 
 /// The snapshot's memory, as something a restore can read.
@@ -151,22 +196,37 @@ pub(crate) fn memory_of(snapshot: &Snapshot) -> Result<Arc<dyn PageSource>, Fail
     Ok(Arc::new(StoredImage::new(snapshot.image(ImageKind::Memory, MEMORY)?)))
 }
 
-/// Waits for a peer that can be served. Others are told of and sent away.
-fn next_session(incoming: &Incoming, source: &Arc<dyn PageSource>, options: SessionOptions) -> Session {
-    loop {
-        let handshake = match incoming.next(A_WHILE) {
-            Some(Ok(handshake)) => handshake,
-            Some(Err(error)) => {
-                tracing::warn!(%error, "a peer was sent away");
-                continue;
-            }
-            None => continue,
-        };
-        match Session::start(handshake, source.clone(), options) {
-            Ok(session) => return session,
-            Err(refusal) => {
-                let failure = refused(&refusal, options.on_failure);
-                tracing::warn!(%failure, "a VM was refused");
+impl Service<'_> {
+    /// Waits for a peer that can be served. Others are told of and sent away.
+    fn next_session(&self, incoming: &Incoming) -> Session {
+        loop {
+            let handshake = match incoming.next(A_WHILE) {
+                Some(Ok(handshake)) => handshake,
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "a peer was sent away");
+                    continue;
+                }
+                None => continue,
+            };
+            let options = self.args.serving.options();
+            let session = match &self.keeper {
+                None => Session::start(handshake, self.source.clone(), options),
+                Some(keeper) => {
+                    let keep = KeepWith {
+                        keeper: keeper.clone(),
+                        snapshot: KeptSnapshot::of(&self.snapshot),
+                        api_socket: None,
+                        notes: BTreeMap::new(),
+                    };
+                    Session::start_kept(handshake, self.source.clone(), options, keep)
+                }
+            };
+            match session {
+                Ok(session) => return session,
+                Err(refusal) => {
+                    let failure = refused(&refusal, options.on_failure);
+                    tracing::warn!(%failure, "a VM was refused");
+                }
             }
         }
     }

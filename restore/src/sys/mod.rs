@@ -8,4 +8,5 @@ pub mod event;
 pub mod mapping;
 pub mod memory;
 pub mod region;
+pub mod shared_file;
 pub mod uffd;

@@ -10,6 +10,7 @@ use super::abi::{API, ApiCall, FEATURE_EVENT_REMOVE, api};
 use super::event::{Event, MESSAGE_BYTES, parse_all};
 use super::mapping::Mapping;
 use super::region::RegisteredRegion;
+use super::shared_file::SharedFile;
 use crate::plan::PageSize;
 
 /// Why a userfaultfd could not be had or used.
@@ -204,12 +205,12 @@ impl Uffd {
         &self,
         into: &'b mut EventBuffer,
     ) -> Result<impl Iterator<Item = Event> + 'b, UffdError> {
-        let got = match rustix::io::read(self.0.fd(), &mut into.0[..]) {
+        let got = match into.read_from(self.0.fd()) {
             Ok(got) => got,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
-            Err(e) => return Err(UffdError::Io { what: "reading events", error: e.into() }),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+            Err(error) => return Err(UffdError::Io { what: "reading events", error }),
         };
-        Ok(parse_all(into.0.get(..got).unwrap_or_default()).inspect(|event| {
+        Ok(parse_all(into.bytes.get(..got).unwrap_or_default()).inspect(|event| {
             if let Event::Fork { descriptor } = *event {
                 close_unwanted(descriptor);
             }
@@ -229,12 +230,30 @@ impl Uffd {
 
 /// Room for messages.
 #[derive(Debug)]
-pub struct EventBuffer(Vec<u8>);
+pub struct EventBuffer {
+    bytes: Vec<u8>,
+    /// Where the kernel writes them first, if they are to outlive this process.
+    kept: Option<(Arc<SharedFile>, u64)>,
+}
 
 impl EventBuffer {
     /// Room for `messages` messages, at least one.
     pub fn new(messages: usize) -> Self {
-        EventBuffer(vec![0; messages.clamp(1, 4096) * MESSAGE_BYTES])
+        EventBuffer { bytes: vec![0; messages.clamp(1, 4096) * MESSAGE_BYTES], kept: None }
+    }
+
+    /// Room for `messages` messages, which the kernel writes into `file` from `at` on.
+    pub(crate) fn kept(file: Arc<SharedFile>, at: u64, messages: usize) -> Self {
+        EventBuffer { kept: Some((file, at)), ..EventBuffer::new(messages) }
+    }
+
+    fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let Some((file, at)) = &self.kept else {
+            return Ok(rustix::io::read(fd, &mut self.bytes[..])?);
+        };
+        let got = file.read_from(fd, *at, self.bytes.len())?;
+        file.read(*at, self.bytes.get_mut(..got).unwrap_or_default());
+        Ok(got)
     }
 }
 

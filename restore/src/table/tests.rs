@@ -36,7 +36,8 @@ mod threads {
         let table = PageTable::new(16 << 20);
         assert_eq!(table.get(Cell(9_000_000)), PageState::Absent);
         table.apply(Cell(9_000_000), PageEvent::Fault);
-        assert_eq!(table.leaves.iter().filter(|l| l.get().is_some()).count(), 1);
+        let States::Own(leaves) = &table.states else { panic!("in this process") };
+        assert_eq!(leaves.iter().filter(|l| l.get().is_some()).count(), 1);
     }
 }
 
@@ -44,33 +45,50 @@ mod threads {
 #[cfg(feature = "loom")]
 mod model {
     use loom::sync::RwLock;
-    use loom::sync::atomic::AtomicBool;
+    use loom::sync::atomic::{AtomicBool, AtomicU8, Ordering};
     use loom::thread;
 
-    use super::*;
+    use super::{Action, Arc, PageEvent, PageState, StateByte, apply};
+
+    impl StateByte for AtomicU8 {
+        fn load(&self) -> u8 {
+            self.load(Ordering::Acquire)
+        }
+        fn exchange(&self, seen: u8, new: u8) -> Result<u8, u8> {
+            self.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire)
+        }
+    }
+
+    fn absent() -> Arc<AtomicU8> {
+        Arc::new(AtomicU8::new(PageState::Absent as u8))
+    }
+
+    fn now(state: &AtomicU8) -> PageState {
+        PageState::from_u8(state.load(Ordering::Acquire))
+    }
 
     #[test]
     fn a_removed_page_never_shows_the_images_bytes() {
         loom::model(|| {
-            let state = Arc::new(StateCell::new());
+            let state = absent();
             let gate = Arc::new(RwLock::new(()));
             let image_bytes_shown = Arc::new(AtomicBool::new(false));
             let (s, g, p) = (state.clone(), gate.clone(), image_bytes_shown.clone());
             let copier = thread::spawn(move || {
                 let _inside = g.read().unwrap();
-                if s.apply(PageEvent::Claim).2 == Action::Install && s.get() == PageState::Copying {
+                if apply(&*s, PageEvent::Claim).2 == Action::Install && now(&s) == PageState::Copying {
                     p.store(true, Ordering::Release);
-                    s.apply(PageEvent::Copied);
+                    apply(&*s, PageEvent::Copied);
                 }
             });
             {
                 let _outside = gate.write().unwrap();
-                state.apply(PageEvent::Removed);
+                apply(&*state, PageEvent::Removed);
             }
             // The kernel drops the page only after the event was read.
             image_bytes_shown.store(false, Ordering::Release);
             copier.join().unwrap();
-            assert_eq!(state.get(), PageState::Removed);
+            assert_eq!(now(&state), PageState::Removed);
             assert!(!image_bytes_shown.load(Ordering::Acquire), "a copy landed after the removal");
         });
     }
@@ -78,18 +96,19 @@ mod model {
     #[test]
     fn a_fault_that_races_an_install_is_answered() {
         loom::model(|| {
-            let state = Arc::new(StateCell::new());
+            let state = absent();
             let woken = Arc::new(AtomicBool::new(false));
             let (s, w) = (state.clone(), woken.clone());
             let copier = thread::spawn(move || {
-                if s.apply(PageEvent::Claim).2 == Action::Install {
+                if apply(&*s, PageEvent::Claim).2 == Action::Install {
                     w.store(true, Ordering::Release);
-                    s.apply(PageEvent::Copied);
+                    apply(&*s, PageEvent::Copied);
                 }
             });
-            let action = state.apply(PageEvent::Fault).2;
+            let action = apply(&*state, PageEvent::Fault).2;
             copier.join().unwrap();
-            let scheduled = action == Action::Schedule && state.apply(PageEvent::Claim).2 == Action::Install;
+            let scheduled =
+                action == Action::Schedule && apply(&*state, PageEvent::Claim).2 == Action::Install;
             assert!(woken.load(Ordering::Acquire) || action == Action::Wake || scheduled);
         });
     }

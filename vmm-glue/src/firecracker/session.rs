@@ -1,19 +1,23 @@
 //! One VM served: from its handshake until its process is gone.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
-    CountersSnapshot, FailClosed, Memory, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
-    RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
+    CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageSize, PageSource, Plan,
+    PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError,
+    VmStopped,
 };
 
 use super::handshake::{Handshake, Peer};
+use super::kept_session::{Keeping, Kept};
 use super::patient::Patient;
 use super::regions::{self, Region};
 use super::vmm_process::{VmmProcess, VmmProcessError};
+use crate::keeper::{KeepError, VmId};
 
 /// What is done when a page cannot be had correctly.
 ///
@@ -72,6 +76,12 @@ pub enum SessionError {
     /// The restore could not be started.
     #[error(transparent)]
     Start(#[from] RestoreError),
+    /// It could not be kept, and serving it without was not asked for.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    /// The states its pages were left in cannot be used.
+    #[error(transparent)]
+    States(#[from] KeptStatesError),
 }
 
 /// A VM that could not be served, and still waits for its memory.
@@ -92,6 +102,7 @@ pub struct Session {
     process: Arc<VmmProcess>,
     killed: Arc<Mutex<Option<String>>>,
     image_bytes: u64,
+    kept: Option<Kept>,
 }
 
 /// What became of a VM.
@@ -122,34 +133,52 @@ impl Session {
         source: Arc<dyn PageSource>,
         options: SessionOptions,
     ) -> Result<Self, Box<Refusal>> {
+        Self::begin(handshake, source, options, Keeping::No)
+    }
+
+    pub(super) fn begin(
+        handshake: Handshake,
+        source: Arc<dyn PageSource>,
+        options: SessionOptions,
+        keeping: Keeping,
+    ) -> Result<Self, Box<Refusal>> {
         let peer = handshake.peer;
         let process = match VmmProcess::of(&handshake.connection) {
             Ok(process) => Arc::new(process),
             Err(error) => return Err(Box::new(Refusal { error: error.into(), peer, process: None })),
         };
-        Self::start_for(handshake, process.clone(), source, options).map_err(|error| {
+        let Handshake { uffd, regions, .. } = handshake;
+        Self::start_for((uffd, regions), process.clone(), source, options, keeping).map_err(|error| {
             let process = Arc::into_inner(process);
             Box::new(Refusal { error, peer, process })
         })
     }
 
-    fn start_for(
-        handshake: Handshake,
+    pub(super) fn start_for(
+        (uffd, regions): (OwnedFd, Vec<Region>),
         process: Arc<VmmProcess>,
         source: Arc<dyn PageSource>,
         options: SessionOptions,
+        keeping: Keeping,
     ) -> Result<Self, SessionError> {
-        let plan = plan(source, &handshake.regions)?;
-        let memory = Memory::adopt(handshake.uffd, &announced(&handshake.regions))?;
+        let plan = plan(source, &regions)?;
+        let memory = Memory::adopt(uffd, &announced(&regions))?;
+        let kept = keeping.states(&plan, &memory, &regions, &process, options)?;
         let killed = Arc::new(Mutex::new(None));
         let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
         let policy = Policy { retry: options.retry, fail_closed, ..Policy::default() };
-        let handle = Restore::start(plan, memory, policy)?;
+        let (handle, kept) = match kept {
+            None => (Restore::start(plan, memory, policy)?, None),
+            Some((states, kept)) if kept.is_new => {
+                (Restore::start_kept(plan, memory, states, policy)?, Some(kept))
+            }
+            Some((states, kept)) => (Restore::adopt(plan, memory, states, policy)?, Some(kept)),
+        };
         if options.prefetch {
             handle.fill_all();
         }
-        let image_bytes = handshake.regions.iter().map(|r| r.bytes).sum();
-        Ok(Self { handle, process, killed, image_bytes })
+        let image_bytes = regions.iter().map(|r| r.bytes).sum();
+        Ok(Self { handle, process, killed, image_bytes, kept })
     }
 
     /// Firecracker's process.
@@ -160,6 +189,11 @@ impl Session {
     /// The restore.
     pub fn restore(&self) -> &RestoreHandle {
         &self.handle
+    }
+
+    /// The id under which it is kept, if it is.
+    pub fn kept_as(&self) -> Option<&VmId> {
+        self.kept.as_ref().map(|kept| &kept.id)
     }
 
     /// What was done so far.
@@ -186,9 +220,47 @@ impl Session {
             return Ok(Err(self));
         }
         let report = self.report();
+        if let Some(kept) = &self.kept {
+            kept.release();
+        }
         // No vCPU runs without its process.
         let counters = self.handle.stop(VmStopped::attest());
         Ok(Ok(SessionReport { counters, ..report }))
+    }
+}
+
+/// A [`Session::detach`] that could not be done; the VM is served as before.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct StillServed {
+    /// The session.
+    pub session: Session,
+    /// Why.
+    pub error: Arc<RestoreError>,
+}
+
+impl Session {
+    /// Installs all that is left of its memory, and lets the VM go its own way: from here on it needs nobody, and is
+    /// not kept any more. The report is as of then.
+    ///
+    /// # Errors
+    /// [`StillServed`]: not all of its memory could be had, or the VM has ended.
+    pub fn detach(self) -> Result<SessionReport, Box<StillServed>> {
+        let report = self.report();
+        let Self { handle, process, killed, image_bytes, kept } = self;
+        match handle.detach() {
+            Ok(counters) => {
+                if let Some(kept) = &kept {
+                    kept.release();
+                }
+                Ok(SessionReport { counters, ..report })
+            }
+            Err(still) => {
+                let DetachError { handle, error } = *still;
+                let session = Self { handle, process, killed, image_bytes, kept };
+                Err(Box::new(StillServed { session, error }))
+            }
+        }
     }
 }
 

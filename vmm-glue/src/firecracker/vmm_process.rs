@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::handshake::{Peer, peer_of};
+use super::kept_session::pid_of;
 use super::listener::readable_by;
 
 /// A VMM's process.
@@ -43,6 +44,13 @@ pub enum VmmProcessError {
     },
 }
 
+impl VmmProcessError {
+    /// Whether it is that the process has ended.
+    pub fn has_ended(&self) -> bool {
+        matches!(self, Self::Ended(_))
+    }
+}
+
 impl VmmProcess {
     /// The process that made `connection`, by the kernel's word, or that listens at its other end.
     ///
@@ -70,6 +78,32 @@ impl VmmProcess {
             return Err(VmmProcessError::Ended(peer));
         }
         Ok(process)
+    }
+
+    /// The process that a pidfd kept from before is of, which must be `peer`.
+    ///
+    /// # Errors
+    /// [`VmmProcessError`].
+    pub(super) fn of_pidfd(pidfd: OwnedFd, peer: Peer) -> Result<Self, VmmProcessError> {
+        let io = |source| VmmProcessError::Io { peer, source };
+        match pid_of(&pidfd).map_err(io)? {
+            None => Err(VmmProcessError::Ended(peer)),
+            Some(pid) if pid != peer.pid => {
+                Err(io(io::Error::other(format!("the kept pidfd is of process {pid}"))))
+            }
+            Some(_) => {
+                let process = Self { pidfd, peer };
+                match process.has_ended().map_err(io)? {
+                    true => Err(VmmProcessError::Ended(peer)),
+                    false => Ok(process),
+                }
+            }
+        }
+    }
+
+    /// A second pidfd.
+    pub(super) fn try_clone_pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
     }
 
     /// Its number and user.
