@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use dormouse_chunkstore::{HotStream, Resume};
+use dormouse_chunkstore::{HotStream, Resume, STREAM_LEVEL};
 use dormouse_core::{ImageKind, PAGE_BYTES};
 use dormouse_restore::{Policy, StoredImage, VmStopped, fill_from_memory, fill_from_stream};
 
@@ -65,7 +65,8 @@ pub fn warm(bench: &Bench) -> Result<Vec<Row>> {
     let resume = resume_with(bench, 64)?;
     let hot = decoded(&resume)?;
     let all: Vec<u8> = hot.runs.iter().flat_map(|r| r.bytes.iter().copied()).collect();
-    let plain = PlainFrames::of(all.chunks(256 << 10), 3)?;
+    // The same bytes as the stream's, and so the same work.
+    let plain = PlainFrames::of(all.chunks(256 << 10), STREAM_LEVEL)?;
     let guest = name("guest")?;
     let [ours, zstd, copies] = in_turns(
         bench.times(),

@@ -6,6 +6,6 @@ mod parts;
 mod read;
 
 pub use self::{
-    build::{StreamReport, TouchedRun},
+    build::{STREAM_LEVEL, StreamReport, TouchedRun},
     read::{HotRun, HotStream, InstallRun, Resume, ResumeStream},
 };
