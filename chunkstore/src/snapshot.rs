@@ -139,6 +139,20 @@ impl Snapshot {
         let mut sections = self.inner.sections.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Some(sections.entry((image, index)).or_insert(section).clone()))
     }
+
+    /// Reads all page maps that were not read yet, several at the same time.
+    pub(crate) fn load_sections(&self) -> Result<()> {
+        let images = self.inner.root.images.iter().enumerate();
+        let all = images.flat_map(|(image, entry)| {
+            let there = (0..).zip(&entry.sections).filter(|(_, section)| section.is_some());
+            there.map(move |(index, _)| (image, SectionIndex(index)))
+        });
+        self.store.side_by_side(
+            all.collect(),
+            |(image, index)| self.section(image, index).map(drop),
+            |()| Ok(()),
+        )
+    }
 }
 
 impl Store {

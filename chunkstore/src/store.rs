@@ -217,6 +217,25 @@ impl Store {
         Ok(raw)
     }
 
+    /// Reads, verifies and decodes frames of one pack, in the order in which they lie there, in one request; past all
+    /// caches, since whoever asks for so many at once will not ask again.
+    pub(crate) fn read_frames(&self, pack: PackId, frames: &[FrameRef]) -> Result<Vec<Vec<u8>>> {
+        let (Some(first), Some(last)) = (frames.first(), frames.last()) else { return Ok(Vec::new()) };
+        let key = self.keys.pack(pack);
+        let start = first.range().start;
+        let stored = self
+            .backend
+            .get(&key, Some(start..last.range().end))?
+            .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
+        let decode = |frame: &FrameRef| {
+            let range = (frame.range().start - start) as usize..(frame.range().end - start) as usize;
+            let stored = stored.get(range).ok_or(FormatError::Truncated("frame"));
+            let decoded = stored.and_then(|stored| frame.decode(&self.domain, stored));
+            decoded.map_err(|why| StoreError::Damaged { key: key.clone(), why })
+        };
+        frames.iter().map(decode).collect()
+    }
+
     /// Writes an object whose name is the hash of its content. If one is there already it must be the same, byte
     /// for byte; one that is damaged is written again.
     pub(crate) fn put_content(&self, key: &str, bytes: Vec<u8>) -> Result<()> {

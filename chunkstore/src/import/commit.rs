@@ -149,6 +149,8 @@ impl Store {
         report.logical_bytes = files.iter().map(|f| f.bytes).sum();
         report.nonzero_bytes = layout.nonzero_pages * dormouse_core::PAGE_BYTES as u64;
         report.new_bytes = layout.new_pages * dormouse_core::PAGE_BYTES as u64;
+        report.gathered_bytes = layout.gathered_pages * dormouse_core::PAGE_BYTES as u64;
+        report.gathered_reads = layout.gathered_reads;
         report.read_bytes = layout.read_bytes;
         report.stored_bytes = layout.stored_bytes + meta.bytes + root_bytes + reference_bytes;
         report.objects = layout.stored.len() as u64 + meta.objects + 2;

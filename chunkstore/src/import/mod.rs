@@ -10,6 +10,7 @@ mod drafts;
 mod layout;
 mod pack_writer;
 mod request;
+mod stragglers;
 
 use std::{collections::BTreeMap, num::NonZero, thread};
 
@@ -19,6 +20,7 @@ pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fi
 pub use self::request::{
     BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest,
 };
+pub use self::stragglers::SECTION_PACKS_MAX;
 use self::{
     blocks::{BlockQueue, ImageFile},
     drafts::matching,
