@@ -41,4 +41,6 @@ pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
 pub use stream::{HotRun, HotStream, InstallRun, Resume, ResumeStream, StreamReport, TouchedRun};
 pub use usage::{ImageSummary, Scatter, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
-pub use verify::{Damage, VerifyDepth, VerifyReport};
+pub use verify::{
+    Damage, RepairOptions, RepairReport, Repaired, Source as RepairSource, VerifyDepth, VerifyReport,
+};

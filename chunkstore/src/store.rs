@@ -134,7 +134,7 @@ impl Store {
 
     /// Frames on local disk, if the store is remote and there is a place for them. Opened when first asked for, since
     /// the domain is known by then.
-    fn disk(&self) -> Option<&DiskCache> {
+    pub(crate) fn disk(&self) -> Option<&DiskCache> {
         let open = || {
             let dir = self.cache_dir().filter(|_| self.disk_bytes > 0 && !self.backend.is_local())?;
             DiskCache::open(&dir.join("frames"), self.disk_bytes)

@@ -30,7 +30,7 @@ const WAITING_SECTIONS_MAX: usize = 64;
 /// generations refers to many packs, and a child is to cost what changed.
 const LEARN_BASE_PACKS_MAX: usize = 16;
 /// Level for page maps: small, written once, read at every resume.
-const MAP_LEVEL: i32 = 9;
+pub(crate) const MAP_LEVEL: i32 = 9;
 
 /// A section ready to be put into a metadata pack, or to be shared with the parent.
 pub(crate) enum LaidOut {

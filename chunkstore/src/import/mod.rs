@@ -16,6 +16,7 @@ use std::{collections::BTreeMap, num::NonZero, thread};
 
 use crossbeam::channel::bounded;
 
+pub(crate) use self::layout::MAP_LEVEL;
 pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs};
 pub use self::request::{
     BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest,

@@ -246,8 +246,20 @@ impl Store {
         }
         root.packs = table.packs;
         let old = snapshot.reference();
+        match self.point_to(old, &root)? {
+            Some(root_bytes) => {
+                report.moved_snapshots += 1;
+                report.new_bytes += root_bytes;
+            }
+            None => report.skipped_snapshots.push(old.name.to_string()),
+        }
+        Ok(())
+    }
+
+    /// Moves a reference to a root of the same snapshot; the root's bytes, or `None` if somebody else moved it meanwhile.
+    pub(crate) fn point_to(&self, old: &Reference, root: &Root) -> Result<Option<u64>> {
         if root.snapshot_id(&self.domain) != old.snapshot {
-            return Err(StoreError::Bug("repacking would change a snapshot's identity"));
+            return Err(StoreError::Bug("a snapshot's identity would change"));
         }
         let (id, object) = root.encode(&self.domain);
         let root_bytes = object.len() as u32;
@@ -260,18 +272,13 @@ impl Store {
             ..old.clone()
         };
         let (current, version) = self.reference(&old.name)?;
-        let swapped = current.as_ref() == Some(old)
-            && match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
-                Err(StoreError::Conflict { .. }) => false,
-                other => other.map(|()| true)?,
-            };
-        if swapped {
-            report.moved_snapshots += 1;
-            report.new_bytes += u64::from(root_bytes);
-        } else {
-            report.skipped_snapshots.push(old.name.to_string());
+        if current.as_ref() != Some(old) {
+            return Ok(None);
         }
-        Ok(())
+        match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
+            Err(StoreError::Conflict { .. }) => Ok(None),
+            moved => moved.map(|()| Some(u64::from(root_bytes))),
+        }
     }
 }
 
