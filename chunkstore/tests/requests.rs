@@ -11,6 +11,7 @@ use dormouse_chunkstore::{
     backend::{
         Backend,
         faulty::{Counted, FaultyBackend},
+        modelled::{FirstByte, ModelledBackend, StoreModel},
     },
 };
 use dormouse_core::{ImageKind, Name, PageIndex};
@@ -146,4 +147,50 @@ fn a_generation_that_gathers_stragglers_asks_for_them_and_nothing_else() {
     assert_eq!(gathered_in(0..31), 0);
     assert!((81..=99).contains(&gathered_in(31..120)), "{gathered:?}");
     machine.remember().check(&home.store, &name(120)).unwrap();
+}
+
+/// A store whose first bytes are late enough for whoever is to ask at the same time to have done so.
+fn far_away(backend: &Arc<dyn Backend>) -> Arc<ModelledBackend> {
+    let late = FirstByte::Fixed(std::time::Duration::from_millis(60));
+    Arc::new(ModelledBackend::new(backend.clone(), Some(StoreModel { first_byte: late, ..StoreModel::NEAR })))
+}
+
+#[test]
+fn a_collection_reads_side_by_side_what_it_used_to_read_in_a_row() {
+    let backend = memory_backend();
+    let store = common::fresh(&backend, None);
+    let mut machine = Machine::new(20, 2);
+    for generation in 0..100u64 {
+        machine.rewrite_memory_pages(generation + 1, &[3]);
+        machine.import(&store, &name(generation), None).unwrap();
+    }
+    let modelled = far_away(&backend);
+    Store::with_backend(modelled.clone(), StoreOptions::default()).gc(Default::default()).unwrap();
+    // Expiry and both rounds of marking read the references, the first also roots and page maps, of memory and disk, and the
+    // disk's is the same in all. The lease is read twice.
+    let (reads, _) = modelled.take_reads();
+    assert!((3 * 100 + 100 + 101 + 2..=3 * 100 + 100 + 200 + 2).contains(&reads), "{reads}");
+    let most = modelled.take_most_in_flight();
+    assert!((32..=64).contains(&most), "{most} at a time");
+}
+
+#[test]
+fn a_host_that_knows_nothing_reads_footers_side_by_side() {
+    let backend = memory_backend();
+    let store = common::fresh(&backend, None);
+    let mut machine = Machine::new(20, 2);
+    for generation in 0..50u64 {
+        machine.rewrite_memory_pages(generation + 1, &[3]);
+        machine.import(&store, &name(generation), None).unwrap();
+    }
+    let packs = common::objects(&*backend).keys().filter(|key| key.contains("/packs/")).count() as u64;
+    assert!(packs >= 100, "{packs}: pages and page maps of each");
+    let modelled = far_away(&backend);
+    let stranger = Store::with_backend(modelled.clone(), StoreOptions::default());
+    let report = machine.import(&stranger, "again", None).unwrap();
+    assert_eq!(report.new_bytes, 0, "all of it is known");
+    let looked_up = modelled.take_reads().0 - 2 * packs;
+    assert!(looked_up < 20, "two reads a footer, and {looked_up} others");
+    let most = modelled.take_most_in_flight();
+    assert!((32..=64).contains(&most), "{most} at a time");
 }

@@ -277,6 +277,7 @@ impl<'a> Layouter<'a> {
 
     /// Reads the footers of a section's packs into the index, and the ids of its pages if they are `wanted`.
     fn base_ids(&mut self, section: &Section, wanted: bool) -> Result<Option<Vec<Option<ChunkId>>>> {
+        let mut packs = Vec::new();
         for pack in section.packs() {
             let known = self.index.knows(pack.id);
             if self.footers.contains_key(&pack.id) || (known && !wanted) {
@@ -285,13 +286,17 @@ impl<'a> Layouter<'a> {
             if !wanted && self.learned_packs >= LEARN_BASE_PACKS_MAX {
                 break;
             }
-            let footer = self.store.read_footer(pack)?;
+            self.learned_packs += usize::from(!known);
+            packs.push((*pack, known));
+        }
+        let read = |(pack, known)| Ok((pack, known, self.store.read_footer(&pack)?));
+        self.store.side_by_side(packs, read, |(pack, known, footer)| {
             if !known {
-                self.learned_packs += 1;
-                self.index.add(pack, &footer);
+                self.index.add(&pack, &footer);
             }
             self.footers.insert(pack.id, footer);
-        }
+            Ok(())
+        })?;
         if !wanted {
             return Ok(None);
         }

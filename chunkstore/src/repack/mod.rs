@@ -104,10 +104,14 @@ impl Store {
             return Err(error);
         }
         let mut snapshots = Vec::new();
-        for reference in references.good {
+        let read = |reference: Reference| {
             let root = self.read_root(reference.root, Some(&reference.name))?;
-            snapshots.push(Snapshot::new(self.clone(), reference, root));
-        }
+            Ok(Snapshot::new(self.clone(), reference, root))
+        };
+        self.side_by_side(references.good, read, |snapshot| {
+            snapshots.push(snapshot);
+            Ok(())
+        })?;
         snapshots.sort_by_key(|s| (s.root().created_unix_ms, s.reference().name.clone()));
 
         let victims = self.choose(&snapshots, report)?;
@@ -146,15 +150,15 @@ impl Store {
     fn choose(&self, snapshots: &[Snapshot], report: &mut RepackReport) -> Result<HashMap<PackId, Victim>> {
         let mut live: HashMap<PackId, (PackRef, LiveFrames)> = HashMap::new();
         for snapshot in snapshots {
+            snapshot.load_sections()?;
             each_extent(snapshot, |pack, frame, slot, pages| {
                 let frames = &mut live.entry(pack.id).or_insert_with(|| (pack, HashMap::new())).1;
                 let slots = (u64::MAX >> (64 - pages)) << slot.get();
                 frames.entry(frame.offset).or_insert((frame, 0)).1 |= slots as u32;
             })?;
         }
-        let mut victims = HashMap::new();
-        for (pack, frames) in live.into_values() {
-            report.packs += 1;
+        report.packs = live.len() as u64;
+        let look = |(pack, frames): (PackRef, LiveFrames)| {
             let key = self.keys.pack(pack.id);
             let end = pack.object_bytes();
             let trailer = self.backend.get(&key, Some(end - TRAILER_BYTES as u64..end))?;
@@ -167,13 +171,16 @@ impl Store {
                     f64::from(f.stored_bytes) * f64::from(slots.count_ones()) / (f.pages().max(1) as f64)
                 })
                 .sum();
-            if !dense || live_bytes < LIVE_SHARE_MIN * f64::from(pack.footer_offset) {
-                let footer = self.read_footer(&pack)?;
-                report.rewritten_packs += 1;
-                report.rewritten_bytes += pack.object_bytes();
-                victims.insert(pack.id, Victim { pack, footer });
-            }
-        }
+            let wasteful = !dense || live_bytes < LIVE_SHARE_MIN * f64::from(pack.footer_offset);
+            Ok(if wasteful { Some(Victim { pack, footer: self.read_footer(&pack)? }) } else { None })
+        };
+        let mut victims = HashMap::new();
+        self.side_by_side(live.into_values().collect(), look, |victim| {
+            victims.extend(victim.map(|victim| (victim.pack.id, victim)));
+            Ok(())
+        })?;
+        report.rewritten_packs = victims.len() as u64;
+        report.rewritten_bytes = victims.values().map(|v| v.pack.object_bytes()).sum();
         Ok(victims)
     }
 

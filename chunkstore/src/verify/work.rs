@@ -214,11 +214,9 @@ impl<'a> Work<'a> {
         let numbers: HashMap<Place, usize> =
             self.lost.iter().enumerate().map(|(i, l)| ((l.pack, l.at.offset), i)).collect();
         for (number, snapshot) in snapshots.iter().enumerate() {
-            for (image, entry) in
-                snapshot.images().zip(0..).map(|(i, n): (_, usize)| (n, i.pages().sections()))
-            {
-                for index in (0..entry).map(SectionIndex) {
-                    let recovered = snapshot.root().images[image].sections[index.0 as usize].and_then(|s| {
+            for (image, entry) in snapshot.root().images.iter().enumerate() {
+                for (index, section) in (0..).map(SectionIndex).zip(&entry.sections) {
+                    let recovered = section.and_then(|s| {
                         let pack = snapshot.root().packs[s.at.pack as usize].id;
                         self.recovered.sections.get(&(pack, s.at.offset)).cloned()
                     });
