@@ -89,6 +89,7 @@ fn main() -> Done<()> {
         let report = host.store.import(&request(&name(0), None, &path)?, &NoProgress)?;
         let asked = host.counting.counts().take();
         row(&format!("machine {machine}, first import"), asked, report.stored_bytes, report.new_bytes);
+        let (mut gets, mut bytes, mut stored, mut gathered) = (0, 0, 0, 0);
         for generation in 1..=generations {
             // Dirty pages in runs of eight, elsewhere each time.
             let runs: Vec<_> = (0..dirty / 8)
@@ -105,6 +106,10 @@ fn main() -> Done<()> {
             host.counting.counts().take();
             let report = host.store.import(&request, &NoProgress)?;
             let asked = host.counting.counts().take();
+            gets += asked.gets;
+            bytes += asked.get_bytes;
+            stored += report.stored_bytes;
+            gathered += report.gathered_bytes;
             if machine == 0 && (generation <= 2 || generation == generations / 2 || generation == generations)
             {
                 row(&format!("child, generation {generation}"), asked, report.stored_bytes, report.new_bytes);
@@ -114,6 +119,16 @@ fn main() -> Done<()> {
                 other.store.open_snapshot(&Name::new(name(generation))?)?;
                 row(&format!("open, generation {generation}"), other.counting.counts().take(), 0, 0);
             }
+        }
+        if machine == 0 {
+            println!(
+                "| child, mean of all | {:.1} | {} | | | | | {} | {}, and {} stored again |",
+                gets as f64 / generations as f64,
+                bytes / generations,
+                stored / generations,
+                dirty * 4096,
+                gathered / generations
+            );
         }
     }
     let host = host(&backend)?;
@@ -129,7 +144,7 @@ fn main() -> Done<()> {
     if let Some(last) = usage.snapshots.iter().find(|s| s.name == format!("m0000-g{generations:04}")) {
         println!(
             "generation {generations} of machine 0: {:.1} packs and {:.1} reads per 64 MiB",
-            last.packs_per_64_mib, last.reads_per_64_mib
+            last.scatter.packs_per_64_mib, last.scatter.reads_per_64_mib
         );
     }
     host.counting.counts().take();

@@ -50,12 +50,14 @@ impl Store {
             if counts { valid.push(meta.key) } else { stale.push(meta.key) }
         })?;
         let mut references = Vec::new();
-        for key in valid {
+        let read = |key: String| Ok((self.backend.get(&key, None)?, key));
+        self.side_by_side(valid, read, |(object, key)| {
             // `None`: withdrawn between the listing and now.
-            let Some(object) = self.backend.get(&key, None)? else { continue };
+            let Some(object) = object else { return Ok(()) };
             let decoded = Reference::decode(&self.domain, None, &object);
             references.push(decoded.map_err(|why| StoreError::Damaged { key, why })?);
-        }
+            Ok(())
+        })?;
         Ok((references, stale))
     }
 }

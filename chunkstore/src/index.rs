@@ -109,6 +109,21 @@ impl Index {
         }
     }
 
+    /// Which pages it knows to lie in these packs, where.
+    pub(crate) fn pages_in(&self, packs: &HashSet<PackId>) -> Vec<(ChunkId, PagePlace)> {
+        let wanted = |place: &PagePlace| packs.contains(&place.pack.id);
+        let memory = self.memory();
+        let mut found: Vec<_> =
+            memory.chunks.iter().filter(|(_, place)| wanted(place)).map(|(id, p)| (*id, *p)).collect();
+        let table = || self.database.as_ref()?.begin_read().ok()?.open_table(CHUNKS).ok();
+        if let Some(table) = table() {
+            for (id, value) in table.iter().into_iter().flatten().flatten() {
+                found.extend(decode(value.value()).filter(wanted).map(|place| (ChunkId(id.value()), place)));
+            }
+        }
+        found
+    }
+
     /// Forgets packs that are no longer in the store.
     pub(crate) fn forget(&self, packs: &HashSet<PackId>) {
         {

@@ -17,6 +17,7 @@ mod index;
 mod keyring;
 mod keys;
 mod meta_packs;
+mod parallel;
 mod progress;
 mod refs;
 mod repack;
@@ -30,7 +31,9 @@ mod verify;
 pub use error::{Result, StoreError};
 pub use frame_cache::DecodedFrame;
 pub use gc::{DEFAULT_GRACE, GcOptions, GcReport};
-pub use import::{BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest};
+pub use import::{
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, SECTION_PACKS_MAX,
+};
 pub use keyring::{KeyList, KnownKey, RotateReport, random_key};
 pub use progress::{NoProgress, Progress};
 pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
@@ -39,5 +42,7 @@ pub use store::{Store, StoreOptions};
 pub use stream::{
     HotRun, HotStream, InstallRun, Resume, ResumeStream, STREAM_LEVEL, StreamReport, TouchedRun,
 };
-pub use usage::{ImageSummary, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
-pub use verify::{Damage, VerifyDepth, VerifyReport};
+pub use usage::{ImageSummary, Scatter, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
+pub use verify::{
+    Damage, RepairOptions, RepairReport, Repaired, Source as RepairSource, VerifyDepth, VerifyReport,
+};

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use dormouse_core::{FrameRef, PackBuilder, PackId, PackRef, frame::EncodedFrame, pack::FrameKind};
+use dormouse_core::{ChunkId, FrameRef, PackBuilder, PackId, PackRef, frame::EncodedFrame, pack::FrameKind};
 
 use crate::{
     error::{Result, StoreError},
@@ -40,9 +40,19 @@ impl<'a> MetaPacks<'a> {
     }
 
     pub(crate) fn push(&mut self, kind: FrameKind, frame: &EncodedFrame) -> Result<usize> {
+        self.push_chunks(kind, frame, Vec::new())
+    }
+
+    /// Adds a frame, of pages if `chunks` names any; gives its number.
+    pub(crate) fn push_chunks(
+        &mut self,
+        kind: FrameKind,
+        frame: &EncodedFrame,
+        chunks: Vec<ChunkId>,
+    ) -> Result<usize> {
         let number = self.next;
         self.next += 1;
-        self.open.push((number, self.builder.push(kind, frame, Vec::new())));
+        self.open.push((number, self.builder.push(kind, frame, chunks)));
         if self.builder.is_full() {
             self.close()?;
         }

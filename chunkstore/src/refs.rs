@@ -65,11 +65,11 @@ impl Store {
                 keys.push(meta.key);
             }
         })?;
-        keys.sort();
         let References { mut good, mut bad } = References::default();
-        for key in keys {
+        let read = |key: String| Ok((self.backend.get_versioned(&key)?.0, key));
+        self.side_by_side(keys, read, |(object, key)| {
             // `None`: removed between the listing and now.
-            let Some(object) = self.backend.get_versioned(&key)?.0 else { continue };
+            let Some(object) = object else { return Ok(()) };
             match Reference::decode(&self.domain, None, &object) {
                 Ok(r) if key == self.keys.reference(&self.domain, &r.name) => good.push(r),
                 Ok(_) => {
@@ -81,8 +81,10 @@ impl Store {
                 }
                 Err(why) => bad.push((key.clone(), StoreError::Damaged { key, why })),
             }
-        }
+            Ok(())
+        })?;
         good.sort_by(|a, b| a.name.cmp(&b.name));
+        bad.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(References { good, bad })
     }
 

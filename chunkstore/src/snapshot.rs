@@ -121,9 +121,6 @@ impl Snapshot {
     }
 
     pub(crate) fn section(&self, image: usize, index: SectionIndex) -> Result<Option<Arc<Section>>> {
-        let root = &self.inner.root;
-        let entry = root.images.get(image).and_then(|i| i.sections.get(index.0 as usize)).copied().flatten();
-        let Some(entry) = entry else { return Ok(None) };
         let known = |s: &Self| {
             let sections = s.inner.sections.lock().unwrap_or_else(PoisonError::into_inner);
             sections.get(&(image, index)).cloned()
@@ -132,12 +129,35 @@ impl Snapshot {
             return Ok(Some(section));
         }
         // No lock is held over the read; two threads may read the same section once each, and the first stays.
+        let Some(section) = self.read_section(image, index)? else { return Ok(None) };
+        let mut sections = self.inner.sections.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Some(sections.entry((image, index)).or_insert(Arc::new(section)).clone()))
+    }
+
+    /// [`Snapshot::section`], which is read now and not remembered.
+    pub(crate) fn read_section(&self, image: usize, index: SectionIndex) -> Result<Option<Section>> {
+        let root = &self.inner.root;
+        let entry = root.images.get(image).and_then(|i| i.sections.get(index.0 as usize)).copied().flatten();
+        let Some(entry) = entry else { return Ok(None) };
         let pack = &root.packs[entry.at.pack as usize];
-        let section = Arc::new(self.store.read_section(pack, &entry.at)?);
+        let section = self.store.read_section(pack, &entry.at)?;
         let checked = root.images[image].check_section(index, &section);
         checked.map_err(|why| StoreError::Damaged { key: self.store.keys.pack(pack.id), why })?;
-        let mut sections = self.inner.sections.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Some(sections.entry((image, index)).or_insert(section).clone()))
+        Ok(Some(section))
+    }
+
+    /// Reads all page maps that were not read yet, several at the same time.
+    pub(crate) fn load_sections(&self) -> Result<()> {
+        let images = self.inner.root.images.iter().enumerate();
+        let all = images.flat_map(|(image, entry)| {
+            let there = (0..).zip(&entry.sections).filter(|(_, section)| section.is_some());
+            there.map(move |(index, _)| (image, SectionIndex(index)))
+        });
+        self.store.side_by_side(
+            all.collect(),
+            |(image, index)| self.section(image, index).map(drop),
+            |()| Ok(()),
+        )
     }
 }
 

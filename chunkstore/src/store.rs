@@ -134,7 +134,7 @@ impl Store {
 
     /// Frames on local disk, if the store is remote and there is a place for them. Opened when first asked for, since
     /// the domain is known by then.
-    fn disk(&self) -> Option<&DiskCache> {
+    pub(crate) fn disk(&self) -> Option<&DiskCache> {
         let open = || {
             let dir = self.cache_dir().filter(|_| self.disk_bytes > 0 && !self.backend.is_local())?;
             DiskCache::open(&dir.join("frames"), self.disk_bytes)
@@ -215,6 +215,25 @@ impl Store {
             disk.put(frame, &stored);
         }
         Ok(raw)
+    }
+
+    /// Reads, verifies and decodes frames of one pack, in the order in which they lie there, in one request; past all
+    /// caches, since whoever asks for so many at once will not ask again.
+    pub(crate) fn read_frames(&self, pack: PackId, frames: &[FrameRef]) -> Result<Vec<Vec<u8>>> {
+        let (Some(first), Some(last)) = (frames.first(), frames.last()) else { return Ok(Vec::new()) };
+        let key = self.keys.pack(pack);
+        let start = first.range().start;
+        let stored = self
+            .backend
+            .get(&key, Some(start..last.range().end))?
+            .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
+        let decode = |frame: &FrameRef| {
+            let range = (frame.range().start - start) as usize..(frame.range().end - start) as usize;
+            let stored = stored.get(range).ok_or(FormatError::Truncated("frame"));
+            let decoded = stored.and_then(|stored| frame.decode(&self.domain, stored));
+            decoded.map_err(|why| StoreError::Damaged { key: key.clone(), why })
+        };
+        frames.iter().map(decode).collect()
     }
 
     /// Writes an object whose name is the hash of its content. If one is there already it must be the same, byte

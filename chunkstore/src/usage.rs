@@ -119,10 +119,20 @@ pub struct SnapshotUsage {
     pub exclusive_bytes: u64,
     /// Packs its page maps refer to.
     pub packs: u64,
+    /// How scattered it is.
+    #[serde(flatten)]
+    pub scatter: Scatter,
+}
+
+/// How scattered a snapshot's pages are.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Scatter {
     /// Packs that hold its pages, per 64 MiB of them (all of them count as 64 MiB at least).
     pub packs_per_64_mib: f64,
     /// Requests that read all of its pages, per 64 MiB of them: frames in a row, or nearly so, are one.
     pub reads_per_64_mib: f64,
+    /// Most packs that the pages of one section of 64 MiB lie in; see [`SECTION_PACKS_MAX`](crate::SECTION_PACKS_MAX).
+    pub most_packs_in_a_section: u64,
 }
 
 /// What everything takes.
@@ -150,6 +160,7 @@ struct Needs {
     packs: HashMap<PackId, PackRef>,
     /// Page maps, device state and roots: where, and stored bytes.
     metadata: HashMap<Place, u32>,
+    most_packs_in_a_section: u64,
 }
 
 impl Needs {
@@ -158,7 +169,7 @@ impl Needs {
     }
 
     /// Packs that hold pages, and reads of those pages, per 64 MiB of them.
-    fn fragmentation(&self) -> (f64, f64) {
+    fn scatter(&self) -> Scatter {
         let mut places: Vec<_> =
             self.frames.iter().map(|((pack, offset), (bytes, _))| (pack, *offset, *bytes)).collect();
         places.sort_unstable();
@@ -172,7 +183,11 @@ impl Needs {
             last = Some((pack, u64::from(offset) + u64::from(bytes)));
         }
         let units = ((self.pages() * PAGE_BYTES as u64) as f64 / (64 << 20) as f64).max(1.0);
-        (packs as f64 / units, reads as f64 / units)
+        Scatter {
+            packs_per_64_mib: packs as f64 / units,
+            reads_per_64_mib: reads as f64 / units,
+            most_packs_in_a_section: self.most_packs_in_a_section,
+        }
     }
 
     fn stored(&self) -> u64 {
@@ -239,10 +254,8 @@ impl Store {
             };
             report.total.logical_bytes += usage.logical_bytes;
             report.total.nonzero_bytes += usage.nonzero_bytes;
-            let (packs_per_64_mib, reads_per_64_mib) = needs.fragmentation();
             report.snapshots.push(SnapshotUsage {
-                packs_per_64_mib,
-                reads_per_64_mib,
+                scatter: needs.scatter(),
                 name: summary.name,
                 exclusive_bytes: exclusive.map(|(_, (bytes, _))| u64::from(*bytes)).sum(),
                 packs: needs.packs.len() as u64,
@@ -260,6 +273,7 @@ impl Store {
     }
 
     fn needs(&self, snapshot: &Snapshot) -> Result<Needs> {
+        snapshot.load_sections()?;
         let root = snapshot.root();
         let mut needs = Needs::default();
         needs.packs.extend(root.packs.iter().map(|p| (p.id, *p)));
@@ -276,6 +290,8 @@ impl Store {
                 needs.metadata.insert((pack, entry.at.offset), entry.at.stored_bytes);
                 let Some(section) = snapshot.section(image, SectionIndex(index as u32))? else { continue };
                 needs.packs.extend(section.packs().iter().map(|p| (p.id, *p)));
+                let packs = section.packs().len() as u64;
+                needs.most_packs_in_a_section = needs.most_packs_in_a_section.max(packs);
                 for (_, extent) in section.extents() {
                     let Extent::Frame { frame, slot, pages } = extent else { continue };
                     let at = section.frames()[frame as usize];
@@ -287,5 +303,12 @@ impl Store {
             }
         }
         Ok(needs)
+    }
+}
+
+impl Snapshot {
+    /// How scattered its pages are. Reads all of its page maps.
+    pub fn scatter(&self) -> Result<Scatter> {
+        Ok(self.store().needs(self)?.scatter())
     }
 }

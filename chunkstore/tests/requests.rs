@@ -11,6 +11,7 @@ use dormouse_chunkstore::{
     backend::{
         Backend,
         faulty::{Counted, FaultyBackend},
+        modelled::{FirstByte, ModelledBackend, StoreModel},
     },
 };
 use dormouse_core::{ImageKind, Name, PageIndex};
@@ -96,15 +97,16 @@ fn opening_a_snapshot_is_two_reads() {
 }
 
 #[test]
-fn generation_60_asks_for_what_generation_2_did() {
-    let [early, late] = generations([2, 60], |_| (0..50).map(|i| i * 17).collect());
+fn generation_1000_asks_for_what_generation_2_did() {
+    let [early, late] = generations([2, 1_000], |_| (0..50).map(|i| i * 17).collect());
     assert_eq!(early, late);
 }
 
 #[test]
 fn pages_dirtied_all_over_do_not_make_later_generations_dearer() {
     // Every generation dirties other pages, so that each section is soon made of pages of many generations. Its
-    // page map lists more frames then, until all of its pages were dirtied; requests do not grow with it.
+    // page map lists more frames then, until all of its pages were dirtied; requests do not grow with it. Of these
+    // generations neither gathers stragglers; what those ask for that do is counted below.
     let [early, late] = generations([30, 60], |g| (0..50).map(|i| (i * 61 + g * 7) % 3_000).collect());
     let requests = |c: &Counted| Counted { get_bytes: 0, put_bytes: 0, ..*c };
     let all = |a: &Asked| [a.opened, a.read, a.stored_same_host, a.stored_new_host];
@@ -112,4 +114,83 @@ fn pages_dirtied_all_over_do_not_make_later_generations_dearer() {
     assert_eq!(early.opened, late.opened);
     let (before, after) = (early.stored_same_host.put_bytes, late.stored_same_host.put_bytes);
     assert!(after < before + before / 20, "{before} bytes, then {after}");
+}
+
+#[test]
+fn a_generation_that_gathers_stragglers_asks_for_them_and_nothing_else() {
+    let home = host(&memory_backend());
+    let mut machine = Machine::new(3_000, 8);
+    machine.import(&home.store, &name(0), None).unwrap();
+    let (mut others, mut gathered) = (Vec::new(), Vec::new());
+    for generation in 1..=120 {
+        let pages: Vec<u64> = (0..50).map(|i| (i * 61 + generation * 7) % 3_000).collect();
+        machine.rewrite_memory_pages(generation, &pages);
+        let mut request = machine.request(&name(generation), Some(&name(generation - 1)));
+        let ranges = pages.iter().map(|p| *p..*p + 1).collect();
+        request.images[0].dirty = Some(dormouse_chunkstore::Dirty::Ranges(ranges));
+        request.images[1].dirty = Some(dormouse_chunkstore::Dirty::Ranges(Vec::new()));
+        home.counting.counts().take();
+        let report = home.store.import(&request, &NoProgress).unwrap();
+        let asked = home.counting.counts().take();
+        others.push(Counted {
+            gets: asked.gets - report.gathered_reads,
+            get_bytes: 0,
+            put_bytes: 0,
+            ..asked
+        });
+        gathered.push(report.gathered_reads);
+    }
+    assert!(others[1..].iter().all(|asked| *asked == others[1]), "{others:?}");
+    // One request for each pack that is emptied, and no pack is emptied that no generation filled.
+    let gathered_in = |range: std::ops::Range<usize>| gathered[range].iter().sum::<u64>();
+    assert!(gathered.iter().all(|reads| [0, 9].contains(reads)), "{gathered:?}");
+    assert_eq!(gathered_in(0..31), 0);
+    assert!((81..=99).contains(&gathered_in(31..120)), "{gathered:?}");
+    machine.remember().check(&home.store, &name(120)).unwrap();
+}
+
+/// A store whose first bytes are late enough for whoever is to ask at the same time to have done so.
+fn far_away(backend: &Arc<dyn Backend>) -> Arc<ModelledBackend> {
+    let late = FirstByte::Fixed(std::time::Duration::from_millis(60));
+    Arc::new(ModelledBackend::new(backend.clone(), Some(StoreModel { first_byte: late, ..StoreModel::NEAR })))
+}
+
+#[test]
+fn a_collection_reads_side_by_side_what_it_used_to_read_in_a_row() {
+    let backend = memory_backend();
+    let store = common::fresh(&backend, None);
+    let mut machine = Machine::new(20, 2);
+    for generation in 0..100u64 {
+        machine.rewrite_memory_pages(generation + 1, &[3]);
+        machine.import(&store, &name(generation), None).unwrap();
+    }
+    let modelled = far_away(&backend);
+    Store::with_backend(modelled.clone(), StoreOptions::default()).gc(Default::default()).unwrap();
+    // Expiry and both rounds of marking read the references, the first also roots and page maps, of memory and disk, and the
+    // disk's is the same in all. The lease is read twice.
+    let (reads, _) = modelled.take_reads();
+    assert!((3 * 100 + 100 + 101 + 2..=3 * 100 + 100 + 200 + 2).contains(&reads), "{reads}");
+    let most = modelled.take_most_in_flight();
+    assert!((32..=64).contains(&most), "{most} at a time");
+}
+
+#[test]
+fn a_host_that_knows_nothing_reads_footers_side_by_side() {
+    let backend = memory_backend();
+    let store = common::fresh(&backend, None);
+    let mut machine = Machine::new(20, 2);
+    for generation in 0..50u64 {
+        machine.rewrite_memory_pages(generation + 1, &[3]);
+        machine.import(&store, &name(generation), None).unwrap();
+    }
+    let packs = common::objects(&*backend).keys().filter(|key| key.contains("/packs/")).count() as u64;
+    assert!(packs >= 100, "{packs}: pages and page maps of each");
+    let modelled = far_away(&backend);
+    let stranger = Store::with_backend(modelled.clone(), StoreOptions::default());
+    let report = machine.import(&stranger, "again", None).unwrap();
+    assert_eq!(report.new_bytes, 0, "all of it is known");
+    let looked_up = modelled.take_reads().0 - 2 * packs;
+    assert!(looked_up < 20, "two reads a footer, and {looked_up} others");
+    let most = modelled.take_most_in_flight();
+    assert!((32..=64).contains(&most), "{most} at a time");
 }

@@ -98,12 +98,31 @@ pub struct ModelledBackend {
     model: Mutex<Option<StoreModel>>,
     reads: AtomicU64,
     read_bytes: AtomicU64,
+    in_flight: AtomicU64,
+    most_in_flight: AtomicU64,
+}
+
+/// A read that was begun.
+struct InFlight<'a>(&'a ModelledBackend);
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl ModelledBackend {
     /// Behaves as `model` says from the first request on; with `None`, as the backend itself.
     pub fn new(inner: Arc<dyn Backend>, model: Option<StoreModel>) -> Self {
-        ModelledBackend { inner, model: Mutex::new(model), reads: 0.into(), read_bytes: 0.into() }
+        let zero = AtomicU64::default;
+        ModelledBackend {
+            inner,
+            model: Mutex::new(model),
+            reads: zero(),
+            read_bytes: zero(),
+            in_flight: zero(),
+            most_in_flight: zero(),
+        }
     }
 
     /// Behaves otherwise from here on.
@@ -116,11 +135,19 @@ impl ModelledBackend {
         (self.reads.swap(0, Ordering::SeqCst), self.read_bytes.swap(0, Ordering::SeqCst))
     }
 
-    /// Waits for a first byte; the model to go on by.
-    fn begin(&self) -> Option<StoreModel> {
+    /// Most reads that were under way at the same moment since the last call.
+    pub fn take_most_in_flight(&self) -> u64 {
+        self.most_in_flight.swap(0, Ordering::SeqCst)
+    }
+
+    /// Waits for a first byte; the model to go on by, and what ends with the read.
+    fn begin(&self) -> (Option<StoreModel>, InFlight<'_>) {
+        let now = self.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most_in_flight.fetch_max(now, Ordering::SeqCst);
+        let in_flight = InFlight(self);
         let n = self.reads.fetch_add(1, Ordering::SeqCst);
         let model = *self.model.lock().unwrap_or_else(PoisonError::into_inner);
-        model.inspect(|m| thread::sleep(m.wait(n)))
+        (model.inspect(|m| thread::sleep(m.wait(n))), in_flight)
     }
 
     fn whole(&self, model: Option<StoreModel>, bytes: Option<Bytes>) -> Option<Bytes> {
@@ -139,12 +166,12 @@ impl Backend for ModelledBackend {
     }
 
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
-        let model = self.begin();
+        let (model, _in_flight) = self.begin();
         Ok(self.whole(model, self.inner.get(key, range)?))
     }
 
     fn get_parts(&self, key: &str, range: Range<u64>, each: &mut dyn FnMut(Bytes) -> bool) -> Result<bool> {
-        let model = self.begin();
+        let (model, _in_flight) = self.begin();
         let Some(mut left) = self.inner.get(key, Some(range))? else { return Ok(false) };
         let (start, mut sent) = (Instant::now(), 0);
         while !left.is_empty() {
@@ -164,7 +191,7 @@ impl Backend for ModelledBackend {
     }
 
     fn head(&self, key: &str) -> Result<Option<u64>> {
-        self.begin();
+        let _in_flight = self.begin();
         self.inner.head(key)
     }
 
@@ -177,7 +204,7 @@ impl Backend for ModelledBackend {
     }
 
     fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
-        let model = self.begin();
+        let (model, _in_flight) = self.begin();
         let (bytes, version) = self.inner.get_versioned(key)?;
         Ok((self.whole(model, bytes), version))
     }

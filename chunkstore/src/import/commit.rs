@@ -149,6 +149,8 @@ impl Store {
         report.logical_bytes = files.iter().map(|f| f.bytes).sum();
         report.nonzero_bytes = layout.nonzero_pages * dormouse_core::PAGE_BYTES as u64;
         report.new_bytes = layout.new_pages * dormouse_core::PAGE_BYTES as u64;
+        report.gathered_bytes = layout.gathered_pages * dormouse_core::PAGE_BYTES as u64;
+        report.gathered_reads = layout.gathered_reads;
         report.read_bytes = layout.read_bytes;
         report.stored_bytes = layout.stored_bytes + meta.bytes + root_bytes + reference_bytes;
         report.objects = layout.stored.len() as u64 + meta.objects + 2;
@@ -193,6 +195,7 @@ impl Store {
 
     /// Every pack that a snapshot needs.
     pub(crate) fn packs_of(&self, snapshot: &Snapshot) -> Result<HashSet<PackId>> {
+        snapshot.load_sections()?;
         let mut packs: HashSet<PackId> = snapshot.root().packs.iter().map(|p| p.id).collect();
         for (image, entry) in snapshot.root().images.iter().enumerate() {
             for index in 0..entry.sections.len() as u32 {
@@ -215,15 +218,20 @@ impl Store {
             }
         })?;
         unknown.sort_by_key(|(modified, ..)| std::cmp::Reverse(*modified));
-        for (_, id, bytes) in unknown.into_iter().take(LEARN_PACKS_MAX) {
-            // What cannot be read is not shared; `verify` is who complains about it.
-            match self.footer_of_unknown(id, bytes) {
-                Ok((pack, footer)) => index.add(&pack, &footer),
-                Err(why) if why.is_retryable() => return Err(why),
-                Err(why) => tracing::warn!(%why, "a pack is not shared"),
+        unknown.truncate(LEARN_PACKS_MAX);
+        // What cannot be read is not shared; `verify` is who complains about it.
+        let read = |(_, id, bytes)| match self.footer_of_unknown(id, bytes) {
+            Ok(read) => Ok(Some(read)),
+            Err(why) if why.is_retryable() => Err(why),
+            Err(why) => {
+                tracing::warn!(%why, "a pack is not shared");
+                Ok(None)
             }
-        }
-        Ok(())
+        };
+        self.side_by_side(unknown, read, |read| {
+            read.iter().for_each(|(pack, footer)| index.add(pack, footer));
+            Ok(())
+        })
     }
 }
 

@@ -71,6 +71,8 @@ pub(crate) struct BaseSection {
     pub(crate) entry: SectionEntry,
     /// The pack that `entry.at` lies in.
     pub(crate) pack: PackRef,
+    /// How many packs its pages lie in.
+    pub(crate) packs: usize,
     /// The ids of its pages, where they were asked for.
     pub(crate) ids: Option<Vec<Option<ChunkId>>>,
 }
@@ -141,6 +143,35 @@ impl SectionDraft {
         self.targets[page] = target;
         self.changed = true;
         self.content.change(page as u32, id.as_ref());
+    }
+
+    /// Whether any page was set to something else than before.
+    pub(crate) fn is_changed(&self) -> bool {
+        self.changed
+    }
+
+    /// Where a page lies, if it is stored already.
+    pub(crate) fn place(&self, page: usize, table: &FrameTable) -> Option<(PackRef, FrameRef, Slot)> {
+        let Target::At(number, slot) = self.targets[page] else { return None };
+        table.get(number).map(|(pack, frame)| (pack, frame, slot))
+    }
+
+    /// Has the same page somewhere else: what the section holds does not change.
+    pub(crate) fn relocate(&mut self, page: usize, target: Target) {
+        self.targets[page] = target;
+    }
+
+    /// How many pages lie in each pack, and whether any are in one that is being made.
+    pub(crate) fn pages_by_pack(&self, table: &FrameTable) -> (HashMap<PackId, u64>, bool) {
+        let (mut by_pack, mut fresh) = (HashMap::new(), false);
+        for target in &self.targets {
+            let Target::At(number, _) = target else { continue };
+            match table.get(*number) {
+                Some((pack, _)) => *by_pack.entry(pack.id).or_default() += 1,
+                None => fresh = true,
+            }
+        }
+        (by_pack, fresh)
     }
 
     /// Whether the place of every page is known.

@@ -30,7 +30,7 @@ const WAITING_SECTIONS_MAX: usize = 64;
 /// generations refers to many packs, and a child is to cost what changed.
 const LEARN_BASE_PACKS_MAX: usize = 16;
 /// Level for page maps: small, written once, read at every resume.
-const MAP_LEVEL: i32 = 9;
+pub(crate) const MAP_LEVEL: i32 = 9;
 
 /// A section ready to be put into a metadata pack, or to be shared with the parent.
 pub(crate) enum LaidOut {
@@ -62,6 +62,9 @@ pub(crate) struct Layout {
     pub(crate) new_pages: u64,
     pub(crate) nonzero_pages: u64,
     pub(crate) read_bytes: u64,
+    /// Pages of others stored again, and the requests that read them.
+    pub(crate) gathered_pages: u64,
+    pub(crate) gathered_reads: u64,
 }
 
 /// The parent's side of one image.
@@ -88,18 +91,20 @@ pub(crate) struct Layouter<'a> {
     pub(crate) raw: Sender<RawJob>,
     pub(crate) stored: Receiver<StoredPack>,
     pub(crate) progress: &'a dyn Progress,
-    table: FrameTable,
+    pub(super) table: FrameTable,
     footers: HashMap<PackId, PackFooter>,
     learned_packs: usize,
     parent_packs: HashSet<PackId>,
-    session: HashMap<ChunkId, (FrameSequence, Slot)>,
+    pub(super) session: HashMap<ChunkId, (FrameSequence, Slot)>,
     pages: Vec<u8>,
     chunks: Vec<ChunkId>,
     sequence: FrameSequence,
     draft: Option<SectionDraft>,
-    waiting: VecDeque<SectionDraft>,
+    pub(super) waiting: VecDeque<SectionDraft>,
+    /// Sections in too many packs; they wait for what can be done about it.
+    pub(super) scattered: Vec<SectionDraft>,
     flushed: bool,
-    out: Layout,
+    pub(super) out: Layout,
 }
 
 impl<'a> Layouter<'a> {
@@ -136,6 +141,7 @@ impl<'a> Layouter<'a> {
             sequence: 0,
             draft: None,
             waiting: VecDeque::new(),
+            scattered: Vec::new(),
             flushed: false,
             out,
         }
@@ -196,22 +202,28 @@ impl<'a> Layouter<'a> {
                 }
                 Target::At(self.table.known(place.pack, place.frame), place.slot)
             } else {
-                let slot = Slot::new(self.chunks.len()).ok_or(StoreError::Bug("a frame is over-full"))?;
-                self.pages.extend_from_slice(block.page(i));
-                self.chunks.push(id);
-                self.session.insert(id, (self.sequence, slot));
                 self.out.new_pages += 1;
-                let target = Target::At(self.table.fresh(self.sequence), slot);
-                if self.chunks.len() == FRAME_PAGES_MAX && !self.send_frame() {
+                let Some(target) = self.store_page(id, block.page(i))? else {
                     self.draft = Some(draft);
                     return Ok(false);
-                }
+                };
                 target
             };
             draft.set(at(i), Some(id), target);
         }
         self.draft = Some(draft);
         Ok(true)
+    }
+
+    /// Puts a page into the frame being filled; `None` if another thread failed.
+    pub(super) fn store_page(&mut self, id: ChunkId, page: &[u8]) -> Result<Option<Target>> {
+        let slot = Slot::new(self.chunks.len()).ok_or(StoreError::Bug("a frame is over-full"))?;
+        self.pages.extend_from_slice(page);
+        self.chunks.push(id);
+        self.session.insert(id, (self.sequence, slot));
+        let target = Target::At(self.table.fresh(self.sequence), slot);
+        let taken = self.chunks.len() < FRAME_PAGES_MAX || self.send_frame();
+        Ok(taken.then_some(target))
     }
 
     /// Sends the frame being filled; `false` if nobody takes it because a thread failed.
@@ -259,12 +271,13 @@ impl<'a> Layouter<'a> {
         self.parent_packs.extend(section.packs().iter().map(|p| p.id));
         let all_compared = self.images[image].dirty.is_none();
         let ids = self.base_ids(&section, all_compared)?;
-        let base = BaseSection { entry, pack, ids };
+        let base = BaseSection { entry, pack, packs: section.packs().len(), ids };
         Ok(SectionDraft::new(&self.store.domain, image, index, Some((base, &section)), &mut self.table))
     }
 
     /// Reads the footers of a section's packs into the index, and the ids of its pages if they are `wanted`.
     fn base_ids(&mut self, section: &Section, wanted: bool) -> Result<Option<Vec<Option<ChunkId>>>> {
+        let mut packs = Vec::new();
         for pack in section.packs() {
             let known = self.index.knows(pack.id);
             if self.footers.contains_key(&pack.id) || (known && !wanted) {
@@ -273,13 +286,17 @@ impl<'a> Layouter<'a> {
             if !wanted && self.learned_packs >= LEARN_BASE_PACKS_MAX {
                 break;
             }
-            let footer = self.store.read_footer(pack)?;
+            self.learned_packs += usize::from(!known);
+            packs.push((*pack, known));
+        }
+        let read = |(pack, known)| Ok((pack, known, self.store.read_footer(&pack)?));
+        self.store.side_by_side(packs, read, |(pack, known, footer)| {
             if !known {
-                self.learned_packs += 1;
-                self.index.add(pack, &footer);
+                self.index.add(&pack, &footer);
             }
             self.footers.insert(pack.id, footer);
-        }
+            Ok(())
+        })?;
         if !wanted {
             return Ok(None);
         }
@@ -301,7 +318,13 @@ impl<'a> Layouter<'a> {
     }
 
     fn close_draft(&mut self) -> Result<()> {
-        self.waiting.extend(self.draft.take());
+        if let Some(draft) = self.draft.take() {
+            if self.is_scattered(&draft) {
+                self.scattered.push(draft);
+            } else {
+                self.waiting.push_back(draft);
+            }
+        }
         self.settle(false)
     }
 
@@ -337,6 +360,7 @@ impl<'a> Layouter<'a> {
     /// After the last block: stores what is left and finishes every section.
     pub(crate) fn finish(mut self) -> Result<Layout> {
         self.close_draft()?;
+        self.gather()?;
         self.send_frame();
         // With no more work to come the other threads finish one after the other, and this loop ends.
         let (closed, _) = crossbeam::channel::bounded(0);

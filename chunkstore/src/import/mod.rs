@@ -10,15 +10,18 @@ mod drafts;
 mod layout;
 mod pack_writer;
 mod request;
+mod stragglers;
 
 use std::{collections::BTreeMap, num::NonZero, thread};
 
 use crossbeam::channel::bounded;
 
+pub(crate) use self::layout::MAP_LEVEL;
 pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs};
 pub use self::request::{
     BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest,
 };
+pub use self::stragglers::SECTION_PACKS_MAX;
 use self::{
     blocks::{BlockQueue, ImageFile},
     drafts::matching,

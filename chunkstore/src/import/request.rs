@@ -98,6 +98,10 @@ pub struct ImportReport {
     pub nonzero_bytes: u64,
     /// Bytes in pages that were not in the store before.
     pub new_bytes: u64,
+    /// Bytes in pages that were in the store, but strewn over many packs, and are stored once more, together.
+    pub gathered_bytes: u64,
+    /// Requests that read those pages.
+    pub gathered_reads: u64,
     /// Bytes written to the store, everything included.
     pub stored_bytes: u64,
     /// Objects written to the store, the reference included.

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use dormouse_chunkstore::{Usage, UsageReport};
+use dormouse_chunkstore::{Scatter, Usage, UsageReport};
 use serde::Serialize;
 
 use crate::{
@@ -43,8 +43,8 @@ struct Row {
     /// Of `stored_bytes`, pages that no other snapshot shares.
     exclusive_bytes: u64,
     packs: u64,
-    packs_per_64_mib: f64,
-    reads_per_64_mib: f64,
+    #[serde(flatten)]
+    scatter: Scatter,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -76,8 +76,7 @@ fn document(store: &str, report: UsageReport, price_per_gb_month: f64) -> Docume
         priced: priced(s.usage),
         exclusive_bytes: s.exclusive_bytes,
         packs: s.packs,
-        packs_per_64_mib: s.packs_per_64_mib,
-        reads_per_64_mib: s.reads_per_64_mib,
+        scatter: s.scatter,
     });
     Document {
         store: store.to_owned(),
@@ -101,7 +100,8 @@ fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
         ">a month",
     ]);
     let rows = d.snapshots.iter().map(|row| {
-        let scattered = [row.packs_per_64_mib, row.reads_per_64_mib].map(|n| format!("{n:.1}"));
+        let scattered =
+            [row.scatter.packs_per_64_mib, row.scatter.reads_per_64_mib].map(|n| format!("{n:.1}"));
         (row.name.as_str(), &row.priced, scattered)
     });
     let total = ("all", &d.total, ["-".to_owned(), "-".to_owned()]);

@@ -153,5 +153,12 @@ fn print_text(out: &mut dyn std::io::Write, report: &ImportReport) -> std::io::R
         human::bytes(*new_bytes),
         human::percent(*new_bytes, *nonzero_bytes)
     )?;
+    if report.gathered_bytes > 0 {
+        writeln!(
+            out,
+            "  gathered  {:>12}  that was strewn over many packs",
+            human::bytes(report.gathered_bytes)
+        )?;
+    }
     writeln!(out, "  stored    {:>12}  in {objects} new objects", human::bytes(*stored_bytes))
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use dormouse_chunkstore::SnapshotSummary;
+use dormouse_chunkstore::{SECTION_PACKS_MAX, Scatter, SnapshotSummary};
 use dormouse_core::Name;
 use serde::Serialize;
 
@@ -30,6 +30,8 @@ struct Document {
     generation: u64,
     written_unix_ms: u64,
     encrypted: bool,
+    #[serde(flatten)]
+    scatter: Scatter,
 }
 
 pub(crate) fn run(args: &ShowArgs, context: &Context) -> Result<Status, Failure> {
@@ -41,6 +43,7 @@ pub(crate) fn run(args: &ShowArgs, context: &Context) -> Result<Status, Failure>
         generation: reference.sequence,
         written_unix_ms: reference.written_unix_ms,
         encrypted: snapshot.store().domain().is_encrypted(),
+        scatter: snapshot.scatter()?,
     };
     context.print(&document, |out| print_text(out, &document))?;
     Ok(Status::Done)
@@ -55,6 +58,12 @@ fn print_text(out: &mut dyn Write, document: &Document) -> io::Result<()> {
     writeln!(out, "  created    {}", human::moment(s.created_unix_ms))?;
     writeln!(out, "  expires    {expires}")?;
     writeln!(out, "  encrypted  {}", if document.encrypted { "yes" } else { "no" })?;
+    let Scatter { packs_per_64_mib, reads_per_64_mib, most_packs_in_a_section } = &document.scatter;
+    writeln!(
+        out,
+        "  scattered  {packs_per_64_mib:.1} packs, {reads_per_64_mib:.1} reads per 64 MiB; a section in at most \
+         {most_packs_in_a_section} packs of {SECTION_PACKS_MAX}"
+    )?;
     for (key, value) in &s.labels {
         writeln!(out, "  label      {key}={value}")?;
     }

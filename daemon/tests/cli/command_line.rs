@@ -151,6 +151,7 @@ fn show_and_ls_tell_what_was_imported() {
     assert_eq!(show["states"][0]["id"], "vm");
     assert_eq!(show["states"][0]["bytes"], 5);
     assert_eq!(show["encrypted"], false);
+    assert_eq!(show["most_packs_in_a_section"], 1);
     assert_eq!(show["expires_unix_ms"], 0, "kept for ever unless told otherwise");
     let text = home.done(&["show", "a"]).stdout;
     assert!(text.contains("os=debian") && text.contains("note=a=b"), "{text}");

@@ -97,3 +97,35 @@ fn verify_tells_who_is_hurt_and_who_is_not() {
     let text = home.run(&["verify"]).stdout;
     assert!(text.contains("hurts hurt"), "{text}");
 }
+
+#[test]
+fn repair_restores_what_a_file_still_has_and_says_what_is_left() {
+    let (home, memory) = with_two();
+    let largest = |home: &Home| {
+        home.objects("packs").into_iter().max_by_key(|p| fs::metadata(p).unwrap().len()).unwrap()
+    };
+    let pack = largest(&home);
+    fs::remove_file(&pack).unwrap();
+    let before = home.json(&["show", "hurt"])["snapshot"].clone();
+    let left = home.run(&["verify", "--repair", "--json"]);
+    assert_eq!(left.code, 1, "{}", left.stdout);
+    let document = left.document();
+    assert_eq!(document["clean"], false);
+    assert_eq!(document["damages"], document["found"]);
+    assert_eq!(document["damages"][0]["hurts"], serde_json::json!(["hurt"]));
+    let done = home.json(&["verify", "--repair", "--from", "n", "--from", "m"]);
+    assert_eq!(done["clean"], true, "{done}");
+    assert!(pack.ends_with(done["found"][0]["object"].as_str().unwrap()), "{done}");
+    assert_eq!(done["repaired"][0]["sources"], serde_json::json!(["image_file"]));
+    assert_eq!(home.json(&["show", "hurt"])["snapshot"], before);
+    home.done(&["gc", "--grace", "0s"]);
+    home.done(&["export", "hurt", "--memory", "out"]);
+    assert!(fs::read(home.path("out")).unwrap() == memory);
+    // For people, too; and a file is of use to repairs only.
+    flip(&largest(&home));
+    let ran = home.run(&["verify", "hurt", "--repair", "--from", "m"]);
+    assert_eq!(ran.code, 0, "{}", ran.stdout);
+    assert!(ran.stdout.contains("had back") && ran.stdout.contains("an image file"), "{}", ran.stdout);
+    assert_eq!(home.run(&["verify", "--from", "m"]).code, 2);
+    assert_eq!(home.run(&["verify", "--quick", "--repair"]).code, 2);
+}

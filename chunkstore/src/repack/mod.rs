@@ -5,25 +5,25 @@
 //! new root by compare-and-swap. The old objects become garbage. The collector's lease is held meanwhile, so that
 //! nothing is condemned that this is about to refer to.
 
-use std::{collections::HashMap, thread};
+mod moves;
 
-use crossbeam::channel::bounded;
+use std::collections::HashMap;
+
 use dormouse_core::{
-    ChunkId, FRAME_PAGES_MAX, FrameRef, PackFooter, PackId, PackRef, Reference, Root, Section,
-    SectionBuilder, SectionIndex, Slot,
+    FrameRef, PackId, PackRef, Reference, Root, SectionIndex, Slot,
     frame::EncodedFrame,
     pack::{FrameKind, TRAILER_BYTES, is_dense},
     section::{Extent, PagePlace},
 };
 use serde::Serialize;
 
+use self::moves::{Moves, Victim, rewrite};
 use crate::{
     error::{Result, StoreError},
-    import::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs},
+    import::Packing,
     index::Index,
     meta_packs::{MetaPacks, PackTable},
     progress::Progress,
-    similar::{grouped, signature},
     snapshot::Snapshot,
     store::{Store, now_unix_ms},
 };
@@ -71,23 +71,8 @@ pub struct RepackReport {
     pub skipped_snapshots: Vec<String>,
 }
 
-/// Where a page is: pack, offset of the frame, slot.
-type Old = (PackId, u32, u8);
-
 /// The frames of a pack that somebody needs, by offset, and which of their slots.
 type LiveFrames = HashMap<u32, (FrameRef, u32)>;
-
-struct Victim {
-    pack: PackRef,
-    footer: PackFooter,
-}
-
-/// The live pages of the victims in the order in which snapshots, oldest first, map them.
-#[derive(Default)]
-struct Moves {
-    order: Vec<(PackRef, FrameRef, Slot)>,
-    numbers: HashMap<Old, usize>,
-}
 
 impl Store {
     /// Moves live pages out of wasteful packs. Run [`Store::gc`] afterwards to win the room.
@@ -119,17 +104,21 @@ impl Store {
             return Err(error);
         }
         let mut snapshots = Vec::new();
-        for reference in references.good {
+        let read = |reference: Reference| {
             let root = self.read_root(reference.root, Some(&reference.name))?;
-            snapshots.push(Snapshot::new(self.clone(), reference, root));
-        }
+            Ok(Snapshot::new(self.clone(), reference, root))
+        };
+        self.side_by_side(references.good, read, |snapshot| {
+            snapshots.push(snapshot);
+            Ok(())
+        })?;
         snapshots.sort_by_key(|s| (s.root().created_unix_ms, s.reference().name.clone()));
 
         let victims = self.choose(&snapshots, report)?;
         if victims.is_empty() || options.dry_run {
             return Ok(());
         }
-        let mut moves = order(&snapshots, &victims)?;
+        let mut moves = self.order(&snapshots, &victims)?;
         self.group_similar(&mut moves)?;
         progress.begin((moves.order.len() * dormouse_core::PAGE_BYTES) as u64);
         let places = self.move_pages(&victims, &moves, options.level, progress, report)?;
@@ -161,15 +150,15 @@ impl Store {
     fn choose(&self, snapshots: &[Snapshot], report: &mut RepackReport) -> Result<HashMap<PackId, Victim>> {
         let mut live: HashMap<PackId, (PackRef, LiveFrames)> = HashMap::new();
         for snapshot in snapshots {
+            snapshot.load_sections()?;
             each_extent(snapshot, |pack, frame, slot, pages| {
                 let frames = &mut live.entry(pack.id).or_insert_with(|| (pack, HashMap::new())).1;
                 let slots = (u64::MAX >> (64 - pages)) << slot.get();
                 frames.entry(frame.offset).or_insert((frame, 0)).1 |= slots as u32;
             })?;
         }
-        let mut victims = HashMap::new();
-        for (pack, frames) in live.into_values() {
-            report.packs += 1;
+        report.packs = live.len() as u64;
+        let look = |(pack, frames): (PackRef, LiveFrames)| {
             let key = self.keys.pack(pack.id);
             let end = pack.object_bytes();
             let trailer = self.backend.get(&key, Some(end - TRAILER_BYTES as u64..end))?;
@@ -182,110 +171,17 @@ impl Store {
                     f64::from(f.stored_bytes) * f64::from(slots.count_ones()) / (f.pages().max(1) as f64)
                 })
                 .sum();
-            if !dense || live_bytes < LIVE_SHARE_MIN * f64::from(pack.footer_offset) {
-                let footer = self.read_footer(&pack)?;
-                report.rewritten_packs += 1;
-                report.rewritten_bytes += pack.object_bytes();
-                victims.insert(pack.id, Victim { pack, footer });
-            }
-        }
-        Ok(victims)
-    }
-
-    /// Puts similar pages next to each other.
-    fn group_similar(&self, moves: &mut Moves) -> Result<()> {
-        let mut signatures = Vec::with_capacity(moves.order.len());
-        for (pack, frame, slot) in &moves.order {
-            let decoded = self.frames.get((pack.id, frame.offset), || self.read_frame(pack.id, frame))?;
-            let page = decoded.pages(*slot, 1);
-            signatures
-                .push(signature(page.ok_or(StoreError::Bug("a page map refers past the end of a frame"))?));
-        }
-        moves.order = grouped(&signatures).into_iter().map(|page| moves.order[page]).collect();
-        for (number, (pack, frame, slot)) in moves.order.iter().enumerate() {
-            moves.numbers.insert((pack.id, frame.offset, slot.get() as u8), number);
-        }
-        Ok(())
-    }
-
-    /// Compresses and stores the pages anew; gives the place of each.
-    fn move_pages(
-        &self,
-        victims: &HashMap<PackId, Victim>,
-        moves: &Moves,
-        level: i32,
-        progress: &dyn Progress,
-        report: &mut RepackReport,
-    ) -> Result<Vec<PagePlace>> {
-        let cores = thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let failure = Failure::default();
-        let stored: Result<Vec<_>> = thread::scope(|scope| {
-            let (raw_out, raw) = bounded(2 * cores);
-            let (frame_out, frames) = bounded(2 * cores);
-            let (pack_out, packs) = bounded(1);
-            let (stored_out, stored) = crossbeam::channel::unbounded();
-            let (failure, domain) = (&failure, &*self.domain);
-            for _ in 0..cores {
-                let (raw, frame_out) = (raw.clone(), frame_out.clone());
-                scope.spawn(move || compress_frames(domain, level, &raw, &frame_out));
-            }
-            drop((raw, frame_out));
-            scope.spawn(move || fill_packs(domain, Packing::dense(), &frames, &pack_out));
-            scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
-            for (sequence, pages) in moves.order.chunks(FRAME_PAGES_MAX).enumerate() {
-                let (raw, chunks) = self.gather_pages(victims, pages)?;
-                progress.advance(raw.len() as u64);
-                if raw_out.send(RawJob::Frame { sequence: sequence as u32, raw, chunks }).is_err() {
-                    break;
-                }
-            }
-            drop(raw_out);
-            Ok(stored.into_iter().collect())
-        });
-        failure.take()?;
-        let mut frames = HashMap::new();
-        for pack in stored? {
-            report.new_packs += 1;
-            report.new_bytes += pack.object_bytes;
-            frames.extend(pack.frames.iter().map(|(sequence, at)| (*sequence as usize, (pack.pack, *at))));
-        }
-        let place = |i: usize| {
-            let (pack, frame) = frames.get(&(i / FRAME_PAGES_MAX)).copied()?;
-            Some(PagePlace { pack, frame, slot: Slot::new(i % FRAME_PAGES_MAX)? })
+            let wasteful = !dense || live_bytes < LIVE_SHARE_MIN * f64::from(pack.footer_offset);
+            Ok(if wasteful { Some(Victim { pack, footer: self.read_footer(&pack)? }) } else { None })
         };
-        let places = (0..moves.order.len()).map(place).collect::<Option<Vec<_>>>();
-        places.ok_or(StoreError::Bug("a page was not stored again"))
-    }
-
-    fn gather_pages(
-        &self,
-        victims: &HashMap<PackId, Victim>,
-        pages: &[(PackRef, FrameRef, Slot)],
-    ) -> Result<(Vec<u8>, Vec<ChunkId>)> {
-        let (mut raw, mut chunks) = (Vec::new(), Vec::new());
-        for (pack, frame, slot) in pages {
-            let decoded = self.frames.get((pack.id, frame.offset), || self.read_frame(pack.id, frame))?;
-            let page = decoded.pages(*slot, 1);
-            let listed = victims.get(&pack.id).and_then(|v| {
-                let i = v.footer.frames.binary_search_by_key(&frame.offset, |f| f.at.offset).ok()?;
-                v.footer.frames[i].chunks.get(slot.get()).copied()
-            });
-            let (Some(page), Some(id)) = (page, listed) else {
-                let why = dormouse_core::FormatError::Malformed {
-                    what: "pack footer",
-                    why: "it does not list a frame that a page map refers to",
-                };
-                return Err(StoreError::Damaged { key: self.keys.pack(pack.id), why });
-            };
-            // What is written is what its id says, or nothing is: repacking must never launder damage.
-            if self.domain.chunk_id(page) != id {
-                let why = dormouse_core::FormatError::HashMismatch("page");
-                return Err(StoreError::Damaged { key: self.keys.pack(pack.id), why });
-            }
-            raw.extend_from_slice(page);
-            chunks.push(id);
-        }
-        Ok((raw, chunks))
+        let mut victims = HashMap::new();
+        self.side_by_side(live.into_values().collect(), look, |victim| {
+            victims.extend(victim.map(|victim| (victim.pack.id, victim)));
+            Ok(())
+        })?;
+        report.rewritten_packs = victims.len() as u64;
+        report.rewritten_bytes = victims.values().map(|v| v.pack.object_bytes()).sum();
+        Ok(victims)
     }
 
     /// Rewrites a snapshot's page maps; gives for each section and blob piece its number in `meta`.
@@ -357,8 +253,20 @@ impl Store {
         }
         root.packs = table.packs;
         let old = snapshot.reference();
+        match self.point_to(old, &root)? {
+            Some(root_bytes) => {
+                report.moved_snapshots += 1;
+                report.new_bytes += root_bytes;
+            }
+            None => report.skipped_snapshots.push(old.name.to_string()),
+        }
+        Ok(())
+    }
+
+    /// Moves a reference to a root of the same snapshot; the root's bytes, or `None` if somebody else moved it meanwhile.
+    pub(crate) fn point_to(&self, old: &Reference, root: &Root) -> Result<Option<u64>> {
         if root.snapshot_id(&self.domain) != old.snapshot {
-            return Err(StoreError::Bug("repacking would change a snapshot's identity"));
+            return Err(StoreError::Bug("a snapshot's identity would change"));
         }
         let (id, object) = root.encode(&self.domain);
         let root_bytes = object.len() as u32;
@@ -371,18 +279,13 @@ impl Store {
             ..old.clone()
         };
         let (current, version) = self.reference(&old.name)?;
-        let swapped = current.as_ref() == Some(old)
-            && match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
-                Err(StoreError::Conflict { .. }) => false,
-                other => other.map(|()| true)?,
-            };
-        if swapped {
-            report.moved_snapshots += 1;
-            report.new_bytes += u64::from(root_bytes);
-        } else {
-            report.skipped_snapshots.push(old.name.to_string());
+        if current.as_ref() != Some(old) {
+            return Ok(None);
         }
-        Ok(())
+        match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
+            Err(StoreError::Conflict { .. }) => Ok(None),
+            moved => moved.map(|()| Some(u64::from(root_bytes))),
+        }
     }
 }
 
@@ -406,45 +309,4 @@ fn uses(snapshot: &Snapshot, victims: &HashMap<PackId, Victim>) -> Result<bool> 
     let mut uses = false;
     each_extent(snapshot, |pack, _, _, _| uses |= victims.contains_key(&pack.id))?;
     Ok(uses)
-}
-
-fn order(snapshots: &[Snapshot], victims: &HashMap<PackId, Victim>) -> Result<Moves> {
-    let mut moves = Moves::default();
-    for snapshot in snapshots {
-        each_extent(snapshot, |pack, frame, slot, pages| {
-            let Some(victim) = victims.get(&pack.id) else { return };
-            for slot in (slot.get()..slot.get() + pages as usize).filter_map(Slot::new) {
-                let next = moves.order.len();
-                let old = (pack.id, frame.offset, slot.get() as u8);
-                if let std::collections::hash_map::Entry::Vacant(entry) = moves.numbers.entry(old) {
-                    entry.insert(next);
-                    moves.order.push((victim.pack, frame, slot));
-                }
-            }
-        })?;
-    }
-    Ok(moves)
-}
-
-fn rewrite(section: &Section, moves: &Moves, places: &[PagePlace]) -> Result<Section> {
-    let mut builder = SectionBuilder::new();
-    for (_, extent) in section.extents() {
-        match extent {
-            Extent::Zero { pages } => (0..pages).for_each(|_| builder.push(None)),
-            Extent::Frame { frame, slot, pages } => {
-                let frame = section.frames()[frame as usize];
-                let pack = section.packs()[frame.pack as usize];
-                for slot in (slot.get()..slot.get() + pages as usize).filter_map(Slot::new) {
-                    let number = moves.numbers.get(&(pack.id, frame.offset, slot.get() as u8));
-                    let place = number.and_then(|n| places.get(*n)).copied();
-                    builder.push(Some(place.unwrap_or(PagePlace { pack, frame, slot })));
-                }
-            }
-        }
-    }
-    let rewritten = builder.finish().ok_or(StoreError::Bug("a page map lost its pages"))?;
-    if rewritten.stored_pages() != section.stored_pages() {
-        return Err(StoreError::Bug("a page map lost pages"));
-    }
-    Ok(rewritten)
 }

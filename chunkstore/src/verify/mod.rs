@@ -1,9 +1,18 @@
-//! Verify: what is damaged, and whom it hurts.
+//! Verify: what is damaged, and whom it hurts; and, if asked, what of it can be had back.
+
+mod lost;
+mod remap;
+mod repair;
+mod work;
+
+pub use self::lost::Source;
+pub use self::repair::{RepairOptions, RepairReport, Repaired};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use dormouse_core::{
-    ChunkId, FormatError, FrameHash, FrameRef, Name, PackFooter, PackId, PackRef, SectionIndex, is_zero,
+    ChunkId, FormatError, FrameHash, FrameRef, Name, PackFooter, PackId, PackRef, Reference, SectionIndex,
+    is_zero,
     pack::{FrameKind, check_object},
     section::Extent,
 };
@@ -56,11 +65,58 @@ impl VerifyReport {
     }
 }
 
-/// A pack, the frames of it that snapshots need (by offset), and who needs each.
+/// A frame that snapshots need.
+#[derive(Debug)]
+struct Need {
+    at: FrameRef,
+    kind: FrameKind,
+    /// Indices of the snapshots.
+    who: BTreeSet<usize>,
+}
+
+/// A pack, and the frames of it that snapshots need, by offset.
 #[derive(Debug)]
 struct Wanted {
     pack: PackRef,
-    frames: BTreeMap<u32, (FrameRef, BTreeSet<usize>)>,
+    frames: BTreeMap<u32, Need>,
+}
+
+impl Wanted {
+    fn everyone(&self) -> BTreeSet<usize> {
+        self.frames.values().flat_map(|need| need.who.iter().copied()).collect()
+    }
+}
+
+/// What there is, what of it is needed, and what is wrong with it.
+#[derive(Default)]
+struct Examination {
+    report: VerifyReport,
+    findings: Findings,
+    /// Of all snapshots, those included that cannot be read.
+    names: Vec<String>,
+    /// Those that can be read, by index into `names`.
+    references: BTreeMap<usize, Reference>,
+    wanted: HashMap<PackId, Wanted>,
+}
+
+impl Examination {
+    /// Packs with which anything is wrong.
+    fn bad_packs(&self) -> BTreeSet<PackId> {
+        let objects = self.findings.damages.keys().map(|(object, _)| object);
+        let packs = objects.filter(|object| object.contains("/packs/"));
+        packs.filter_map(|object| PackId::from_hex(object.rsplit('/').next()?)).collect()
+    }
+
+    fn finish(mut self) -> VerifyReport {
+        let name = |i: usize| self.names.get(i).cloned();
+        let damage = |((object, why), hurts): ((String, String), BTreeSet<usize>)| Damage {
+            object,
+            why,
+            hurts: hurts.into_iter().filter_map(name).collect(),
+        };
+        self.report.damages = self.findings.damages.into_iter().map(damage).collect();
+        self.report
+    }
 }
 
 #[derive(Default)]
@@ -84,11 +140,17 @@ impl Store {
         depth: VerifyDepth,
         progress: &dyn Progress,
     ) -> Result<VerifyReport> {
-        let mut report = VerifyReport::default();
-        let mut findings = Findings::default();
-        let mut names: Vec<String> = Vec::new();
-        let mut wanted: HashMap<PackId, Wanted> = HashMap::new();
+        Ok(self.examine(name, depth, progress)?.finish())
+    }
 
+    fn examine(
+        &self,
+        name: Option<&Name>,
+        depth: VerifyDepth,
+        progress: &dyn Progress,
+    ) -> Result<Examination> {
+        let mut found = Examination::default();
+        let Examination { report, findings, names, wanted, references: readable } = &mut found;
         let mut references = Vec::new();
         match name {
             Some(name) => match self.reference(name) {
@@ -126,32 +188,19 @@ impl Store {
                 let why = FormatError::HashMismatch("reference");
                 findings.add(&self.keys.root(reference.root), &why, [me]);
             }
-            self.gather(
-                &Snapshot::new(self.without_disk(), reference, root),
-                me,
-                &mut wanted,
-                &mut findings,
-            )?;
+            self.gather(&Snapshot::new(self.without_disk(), reference.clone(), root), me, wanted, findings)?;
+            readable.insert(me, reference);
         }
         progress.begin(wanted.values().map(|w| w.pack.object_bytes()).sum());
         for want in wanted.values() {
             report.objects += 1;
             report.checked_bytes += match depth {
-                VerifyDepth::Structure => self.check_presence(want, &mut findings)?,
-                VerifyDepth::Content => self.check_pack(want, &mut findings)?,
+                VerifyDepth::Structure => self.check_presence(want, findings)?,
+                VerifyDepth::Content => self.check_pack(want, findings)?,
             };
             progress.advance(want.pack.object_bytes());
         }
-        report.damages = findings
-            .damages
-            .into_iter()
-            .map(|((object, why), hurts)| Damage {
-                object,
-                why,
-                hurts: hurts.into_iter().filter_map(|i| names.get(i).cloned()).collect(),
-            })
-            .collect();
-        Ok(report)
+        Ok(found)
     }
 
     /// Notes every frame a snapshot needs.
@@ -163,19 +212,20 @@ impl Store {
         findings: &mut Findings,
     ) -> Result<()> {
         let root = snapshot.root();
-        let mut want = |pack: &PackRef, at: &FrameRef| {
+        let mut want = |pack: &PackRef, at: &FrameRef, kind: FrameKind| {
             let entry =
                 wanted.entry(pack.id).or_insert_with(|| Wanted { pack: *pack, frames: BTreeMap::new() });
-            entry.frames.entry(at.offset).or_insert((*at, BTreeSet::new())).1.insert(me);
+            let need = || Need { at: *at, kind, who: BTreeSet::new() };
+            entry.frames.entry(at.offset).or_insert_with(need).who.insert(me);
         };
         for piece in root.blobs.iter().flat_map(|b| &b.pieces) {
-            want(&root.packs[piece.pack as usize], piece);
+            want(&root.packs[piece.pack as usize], piece, FrameKind::Blob);
         }
         for (image, entry) in root.images.iter().enumerate() {
             for (index, section_entry) in entry.sections.iter().enumerate() {
                 let Some(section_entry) = section_entry else { continue };
                 let pack = &root.packs[section_entry.at.pack as usize];
-                want(pack, &section_entry.at);
+                want(pack, &section_entry.at, FrameKind::Section);
                 match snapshot.section(image, SectionIndex(index as u32)) {
                     Ok(None) => {}
                     Ok(Some(section)) => {
@@ -186,7 +236,7 @@ impl Store {
                         for (_, extent) in section.extents() {
                             if let Extent::Frame { frame, .. } = extent {
                                 let at = &section.frames()[frame as usize];
-                                want(&section.packs()[at.pack as usize], at);
+                                want(&section.packs()[at.pack as usize], at, FrameKind::Pages);
                             }
                         }
                     }
@@ -200,12 +250,11 @@ impl Store {
 
     fn check_presence(&self, want: &Wanted, findings: &mut Findings) -> Result<u64> {
         let key = self.keys.pack(want.pack.id);
-        let everyone = || want.frames.values().flat_map(|(_, who)| who.iter().copied());
         match self.backend.head(&key)? {
-            None => findings.add(&key, &"it is missing", everyone()),
+            None => findings.add(&key, &"it is missing", want.everyone()),
             Some(bytes) if bytes != want.pack.object_bytes() => {
                 let why = format!("it has {bytes} bytes instead of {}", want.pack.object_bytes());
-                findings.add(&key, &why, everyone());
+                findings.add(&key, &why, want.everyone());
             }
             Some(_) => {}
         }
@@ -215,9 +264,8 @@ impl Store {
     /// Reads a whole pack and checks all there is to check.
     fn check_pack(&self, want: &Wanted, findings: &mut Findings) -> Result<u64> {
         let key = self.keys.pack(want.pack.id);
-        let everyone = || want.frames.values().flat_map(|(_, who)| who.iter().copied());
         let Some(object) = self.backend.get(&key, None)? else {
-            findings.add(&key, &"it is missing", everyone());
+            findings.add(&key, &"it is missing", want.everyone());
             return Ok(0);
         };
         match check_object(&self.domain, want.pack.id, &object) {
@@ -227,8 +275,8 @@ impl Store {
                 let hurt: BTreeSet<usize> = want
                     .frames
                     .values()
-                    .filter(|(frame, _)| !is_whole(&object, frame))
-                    .flat_map(|(_, who)| who.iter().copied())
+                    .filter(|need| !is_whole(&object, &need.at))
+                    .flat_map(|need| need.who.iter().copied())
                     .collect();
                 findings.add(&key, &why, hurt);
             }
@@ -249,7 +297,7 @@ impl Store {
         let mut seen = 0;
         for (i, frame) in footer.frames.iter().enumerate() {
             let needed = want.frames.get(&frame.at.offset);
-            let who = || needed.iter().flat_map(|(_, who)| who.iter().copied()).collect::<Vec<_>>();
+            let who = || needed.iter().flat_map(|need| need.who.iter().copied()).collect::<Vec<_>>();
             seen += usize::from(needed.is_some());
             if damaged.contains(&i) {
                 let range = frame.at.range();
@@ -257,7 +305,7 @@ impl Store {
                 findings.add(key, &why, who());
                 continue;
             }
-            if needed.is_some_and(|(expected, _)| expected.hash != frame.at.hash) {
+            if needed.is_some_and(|need| need.at.hash != frame.at.hash) {
                 findings.add(key, &"a frame is not the one a page map refers to", who());
             }
             let range = frame.at.range();
@@ -278,7 +326,7 @@ impl Store {
         if seen != want.frames.len() {
             let offsets: HashSet<u32> = footer.frames.iter().map(|f| f.at.offset).collect();
             let lost = want.frames.iter().filter(|(offset, _)| !offsets.contains(offset));
-            let who = lost.flat_map(|(_, (_, who))| who.iter().copied());
+            let who = lost.flat_map(|(_, need)| need.who.iter().copied());
             findings.add(key, &"a frame that a page map refers to is not in it", who);
         }
     }

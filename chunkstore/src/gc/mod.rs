@@ -1,0 +1,241 @@
+//! Garbage collection: condemn, grace, delete.
+//!
+//! 1. *Mark*: from all references, what is needed.
+//! 2. *Condemn*: each object that nothing needs, and that is older than the grace time, gets a mark beside it.
+//! 3. *Mark again*: references that appeared meanwhile protect what they need.
+//! 4. *Delete* what was condemned at least the grace time ago and is still not needed; then its mark.
+//!
+//! A writer announces its snapshot first, looks for marks, and for the objects, afterwards, and moves its reference
+//! last (`import/commit.rs`, `announce.rs`). Either step 3 sees the announcement or the reference, or the writer sees
+//! the mark of step 2: no order of events loses a snapshot that was acknowledged. Only one collector may run at a time, which a lease object sees to.
+
+mod lease;
+mod mark;
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use dormouse_core::RootId;
+use serde::Serialize;
+
+use self::mark::Live;
+use crate::{
+    backend::ObjectMeta,
+    error::{Result, StoreError},
+    store::{Store, now_unix_ms},
+};
+
+/// How long an object must have been garbage, by default.
+pub const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 3600);
+/// Objects deleted before it is asked whether the lease has to be renewed.
+const DELETE_BATCH: usize = 1000;
+
+/// How to collect.
+#[derive(Clone, Copy, Debug)]
+pub struct GcOptions {
+    /// How long an object must have been garbage before it is deleted. Zero deletes at once; a writer that was
+    /// about to share it then starts over.
+    pub grace: Duration,
+    /// Only say what would be done.
+    pub dry_run: bool,
+}
+
+impl Default for GcOptions {
+    fn default() -> Self {
+        GcOptions { grace: DEFAULT_GRACE, dry_run: false }
+    }
+}
+
+/// What a collection did, or would do.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct GcReport {
+    /// Whether nothing was changed.
+    pub dry_run: bool,
+    /// Snapshots that had expired and were removed.
+    pub expired: Vec<String>,
+    /// Objects looked at.
+    pub objects: u64,
+    /// Objects that are needed.
+    pub live_objects: u64,
+    /// Objects newly condemned, and their bytes.
+    pub condemned_objects: u64,
+    /// Bytes of those.
+    pub condemned_bytes: u64,
+    /// Objects deleted.
+    pub deleted_objects: u64,
+    /// Bytes of those.
+    pub deleted_bytes: u64,
+    /// Objects that had been condemned and are needed again.
+    pub rescued_objects: u64,
+}
+
+impl Store {
+    /// Deletes what no snapshot needs.
+    ///
+    /// # Errors
+    /// Any reference or root that cannot be read stops the collection before anything is condemned, since what it
+    /// needs is not known: mend or remove that snapshot first.
+    pub fn gc(&self, options: GcOptions) -> Result<GcReport> {
+        let mut report = GcReport { dry_run: options.dry_run, ..Default::default() };
+        if !self.settle_known()? {
+            return Ok(report);
+        }
+        if options.dry_run {
+            return self.collect(options, now_unix_ms(), &mut report, &mut || Ok(())).map(|()| report);
+        }
+        let mut lease = self.take_lease()?;
+        let now = lease.now_unix_ms;
+        let done = self.collect(options, now, &mut report, &mut || lease.keep());
+        // Whatever came of it, the next collector need not wait.
+        let released = lease.release();
+        done?;
+        released?;
+        Ok(report)
+    }
+
+    fn collect(
+        &self,
+        options: GcOptions,
+        now: u64,
+        report: &mut GcReport,
+        keep: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let grace_ms = options.grace.as_millis() as u64;
+        let old_enough = |modified: u64| grace_ms == 0 || modified.saturating_add(grace_ms) <= now;
+        self.expire(options.dry_run, report)?;
+        let mut live = Live::default();
+        let seen = self.mark(&HashMap::new(), now, &mut live, keep)?;
+
+        let mut objects: HashMap<String, ObjectMeta> = HashMap::new();
+        for prefix in [self.keys.packs(), self.keys.roots()] {
+            self.backend.list(&prefix, &mut |meta| {
+                objects.insert(last(&meta.key).to_owned(), meta);
+            })?;
+        }
+        report.objects = objects.len() as u64;
+        let mut marks: HashMap<String, ObjectMeta> = HashMap::new();
+        self.backend.list(&self.keys.condemned_all(), &mut |meta| {
+            marks.insert(last(&meta.key).to_owned(), meta);
+        })?;
+
+        let (mut doomed, mut condemned) = (Vec::new(), Vec::new());
+        for (id, meta) in &objects {
+            if live.ids.contains(id) {
+                report.live_objects += 1;
+            } else if let Some(mark) = marks.get(id) {
+                if old_enough(mark.modified_unix_ms) {
+                    doomed.push(meta);
+                }
+            } else if old_enough(meta.modified_unix_ms) {
+                report.condemned_objects += 1;
+                report.condemned_bytes += meta.bytes;
+                condemned.push(&meta.key);
+                if grace_ms == 0 {
+                    doomed.push(meta);
+                }
+            }
+        }
+        if !options.dry_run {
+            let condemn = |key: &String| {
+                self.backend.put_new(&self.keys.condemned(key), Bytes::from(key.clone())).map(drop)
+            };
+            self.side_by_side(condemned, condemn, |()| Ok(()))?;
+        }
+        let mut names = seen.clone();
+        if !options.dry_run {
+            names.extend(self.mark(&seen, now, &mut live, keep)?);
+        }
+        self.collect_streams(&names, options.dry_run, report)?;
+        doomed.retain(|meta| !live.ids.contains(last(&meta.key)));
+        report.deleted_objects += doomed.len() as u64;
+        report.deleted_bytes += doomed.iter().map(|meta| meta.bytes).sum::<u64>();
+        if options.dry_run {
+            doomed.clear();
+        }
+        let delete = |meta: &ObjectMeta| {
+            self.backend.delete(&meta.key)?;
+            self.backend.delete(&self.keys.condemned(&meta.key))
+        };
+        for batch in doomed.chunks(DELETE_BATCH) {
+            // Whoever took over meanwhile knows better what is needed.
+            keep()?;
+            self.side_by_side(batch.to_vec(), delete, |()| Ok(()))?;
+            batch.iter().for_each(|meta| drop(marks.remove(last(&meta.key))));
+        }
+        if !options.dry_run {
+            let mut stale = self.announcements(now)?.1;
+            // Probes of the store's clock that nobody deleted; who is at it now is told to wait.
+            let lease = self.keys.gc_lease();
+            self.backend.list(lease.rsplit_once('/').map_or("", |(folder, _)| folder), &mut |meta| {
+                stale.extend(Some(meta.key).filter(|key| *key != lease));
+            })?;
+            for stale in stale {
+                self.backend.delete(&stale)?;
+            }
+        }
+        // Marks of what is needed again, or gone already.
+        for (id, mark) in marks {
+            let gone = !objects.contains_key(&id);
+            if live.ids.contains(&id) || gone {
+                report.rescued_objects += u64::from(!gone);
+                if !options.dry_run {
+                    self.backend.delete(&mark.key)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes resume streams of names that are gone. Streams are derived, so this needs neither grace nor care.
+    fn collect_streams(
+        &self,
+        names: &HashMap<String, RootId>,
+        dry_run: bool,
+        report: &mut GcReport,
+    ) -> Result<()> {
+        let kept: HashSet<String> = names.keys().map(|name| self.domain.name_key(name)).collect();
+        let mut orphans = Vec::new();
+        self.backend.list(&self.keys.streams(), &mut |meta| {
+            if !kept.contains(last(&meta.key)) {
+                orphans.push(meta);
+            }
+        })?;
+        for orphan in orphans {
+            report.deleted_objects += 1;
+            report.deleted_bytes += orphan.bytes;
+            if !dry_run {
+                self.backend.delete(&orphan.key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes references whose time has come.
+    fn expire(&self, dry_run: bool, report: &mut GcReport) -> Result<()> {
+        let now = now_unix_ms();
+        for reference in self.references()?.good {
+            if reference.expires_unix_ms == 0 || reference.expires_unix_ms > now {
+                continue;
+            }
+            if !dry_run {
+                let (current, version) = self.reference(&reference.name)?;
+                if current.as_ref() != Some(&reference) {
+                    continue;
+                }
+                match self.swap_reference(&reference.name, version.as_ref(), None) {
+                    Err(StoreError::Conflict { .. }) => continue,
+                    other => other?,
+                }
+            }
+            report.expired.push(reference.name.to_string());
+        }
+        Ok(())
+    }
+}
+
+fn last(key: &str) -> &str {
+    key.rsplit('/').next().unwrap_or(key)
+}

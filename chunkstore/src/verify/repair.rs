@@ -1,0 +1,200 @@
+//! Repair: what is damaged is written again, into new packs, as far as any copy of it can be reached.
+//!
+//! Nothing is overwritten and no snapshot changes its identity: as in repacking, frames go into new packs, page maps and
+//! roots that refer to them are written anew, and references move by compare-and-swap. A damaged pack is left by all who
+//! needed it, with what is still whole in it, and becomes garbage. Only a root goes back under its own name, which is the
+//! hash of its bytes. The collector's lease is held meanwhile.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::PathBuf,
+};
+
+use dormouse_core::Name;
+use serde::Serialize;
+
+use super::{Damage, Examination, VerifyDepth, VerifyReport, lost::Source, reason, work::Work};
+use crate::{error::Result, index::Index, progress::Progress, snapshot::Snapshot, store::Store};
+
+/// Where to look, beside the store and this host's caches.
+#[derive(Clone, Debug, Default)]
+pub struct RepairOptions {
+    /// Image files that may hold pages that are missing.
+    pub from: Vec<PathBuf>,
+}
+
+/// What was had back of one object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Repaired {
+    /// The object's key.
+    pub object: String,
+    /// Pages.
+    pub pages: u64,
+    /// Page maps, of 64 MiB each.
+    pub page_maps: u64,
+    /// Pieces of device state.
+    pub state_pieces: u64,
+    /// Where they were found.
+    pub sources: BTreeSet<Source>,
+}
+
+/// What was damaged, what of it was repaired, and what is left.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RepairReport {
+    /// What is there now; its damages are those that could not be repaired.
+    #[serde(flatten)]
+    pub left: VerifyReport,
+    /// What was damaged.
+    pub found: Vec<Damage>,
+    /// What was had back.
+    pub repaired: Vec<Repaired>,
+    /// Objects written, references apart.
+    pub new_objects: u64,
+    /// Bytes of those.
+    pub new_bytes: u64,
+    /// Snapshots that refer to the new objects now.
+    pub moved_snapshots: u64,
+    /// Snapshots that somebody else moved meanwhile, and that were left as they are.
+    pub skipped_snapshots: Vec<String>,
+}
+
+impl Store {
+    /// Checks one snapshot or all, by content, and restores what is damaged from wherever it can be had: the object
+    /// itself, this host's cache, other packs, resume streams, and the files in `options`.
+    ///
+    /// # Errors
+    /// Where the store does not answer, and [`StoreError::Usage`] while garbage is being collected. What cannot be
+    /// repaired is no error: it is in the report.
+    pub fn repair(
+        &self,
+        name: Option<&Name>,
+        options: &RepairOptions,
+        progress: &dyn Progress,
+    ) -> Result<RepairReport> {
+        let mut report = RepairReport::default();
+        if !self.settle_known()? {
+            report.left = self.verify(name, VerifyDepth::Content, progress)?;
+            return Ok(report);
+        }
+        let mut lease = self.take_lease()?;
+        let done = self.repair_leased(name, options, progress, &mut report, &mut || lease.renew());
+        let released = lease.release();
+        done?;
+        released?;
+        Ok(report)
+    }
+
+    fn repair_leased(
+        &self,
+        name: Option<&Name>,
+        options: &RepairOptions,
+        progress: &dyn Progress,
+        report: &mut RepairReport,
+        renew: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.restore_roots(name, report)?;
+        let mut found = self.examine(name, VerifyDepth::Content, progress)?;
+        let mut damages = None;
+        // A page map that was had back shows which pages it needs: they are next.
+        while self.repair_round(&found, options, report, renew)? {
+            let now = self.examine(name, VerifyDepth::Content, progress)?;
+            damages.get_or_insert(std::mem::replace(&mut found, now).finish().damages);
+        }
+        report.left = found.finish();
+        report.found.extend(damages.unwrap_or_else(|| report.left.damages.clone()));
+        Ok(())
+    }
+
+    /// Puts back roots that resume streams have a copy of.
+    fn restore_roots(&self, name: Option<&Name>, report: &mut RepairReport) -> Result<()> {
+        let references = match name {
+            Some(name) => {
+                self.reference(name).ok().and_then(|(reference, _)| reference).into_iter().collect()
+            }
+            None => self.references()?.good,
+        };
+        for reference in references {
+            let why = match self.read_root(reference.root, Some(&reference.name)) {
+                Err(why) if why.is_retryable() => return Err(why),
+                Err(why) => why,
+                Ok(_) => continue,
+            };
+            let Ok(resume) = self.open_resume(&reference.name) else { continue };
+            let (id, object) = resume.snapshot.root().encode(&self.domain);
+            if id != reference.root {
+                continue;
+            }
+            let key = self.keys.root(id);
+            report.new_objects += 1;
+            report.new_bytes += object.len() as u64;
+            self.put_content(&key, object)?;
+            let hurts = vec![reference.name.to_string()];
+            report.found.push(Damage { object: key.clone(), why: reason(&why), hurts });
+            let sources = BTreeSet::from([Source::ResumeStream]);
+            report.repaired.push(Repaired { object: key, sources, ..Default::default() });
+        }
+        Ok(())
+    }
+
+    /// Repairs what can be; whether any snapshot is better off than before.
+    fn repair_round(
+        &self,
+        found: &Examination,
+        options: &RepairOptions,
+        report: &mut RepairReport,
+        renew: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<bool> {
+        let bad = found.bad_packs();
+        let mut work = Work::new(self, &bad);
+        let mut hurt = BTreeSet::new();
+        for want in bad.iter().filter_map(|id| found.wanted.get(id)) {
+            self.salvage(want, &mut work)?;
+            hurt.extend(want.everyone());
+        }
+        let mut snapshots = Vec::new();
+        for reference in hurt.iter().filter_map(|me| found.references.get(me)) {
+            let root = self.read_root(reference.root, Some(&reference.name))?;
+            snapshots.push(Snapshot::new(self.without_disk(), reference.clone(), root));
+        }
+        let incomplete = self.find_lost_frames(&snapshots, options, &mut work)?;
+        work.pages.close()?;
+        let mut done = HashMap::new();
+        let mut roots = Vec::new();
+        for snapshot in &snapshots {
+            let root = work.recovered.remap(snapshot, &work.pages, &mut work.meta, &mut done)?;
+            roots.push((snapshot, root));
+        }
+        work.meta.close()?;
+        report.new_objects += work.pages.objects + work.meta.objects;
+        report.new_bytes += work.pages.bytes + work.meta.bytes;
+        let mut moved = false;
+        for (snapshot, root) in roots {
+            let Some(root) = root.finish(snapshot.root(), &work.meta)? else { continue };
+            renew()?;
+            match self.point_to(snapshot.reference(), &root)? {
+                Some(root_bytes) => {
+                    moved = true;
+                    report.moved_snapshots += 1;
+                    report.new_objects += 1;
+                    report.new_bytes += root_bytes;
+                }
+                None => report.skipped_snapshots.push(snapshot.reference().name.to_string()),
+            }
+        }
+        for (pack, mut repaired) in work.repaired {
+            repaired.object = self.keys.pack(pack);
+            match report.repaired.iter_mut().find(|r| r.object == repaired.object) {
+                None => report.repaired.push(repaired),
+                Some(before) => {
+                    before.pages += repaired.pages;
+                    before.page_maps += repaired.page_maps;
+                    before.state_pieces += repaired.state_pieces;
+                    before.sources.extend(repaired.sources);
+                }
+            }
+        }
+        // Of a pack that not everything was had back of, the index may know what is still to be looked for.
+        Index::open(self.cache_dir()).forget(&bad.difference(&incomplete).copied().collect());
+        Ok(moved)
+    }
+}
