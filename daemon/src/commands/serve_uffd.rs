@@ -67,20 +67,20 @@ pub(crate) struct ServeUffdArgs {
 pub(crate) struct ServingArgs {
     /// What to do when a page a VM waits for cannot be had correctly
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
-    policy: PolicyName,
+    pub(crate) policy: PolicyName,
 
     /// How long to try again before that
     #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = values::duration)]
-    give_up_after: Duration,
+    pub(crate) give_up_after: Duration,
 
     /// Fetch only pages the guest touches
     #[arg(long)]
-    no_prefetch: bool,
+    pub(crate) no_prefetch: bool,
 }
 
 /// [`OnFailure`] on the command line.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum PolicyName {
+pub(crate) enum PolicyName {
     /// Kill the VM
     #[default]
     Kill,
