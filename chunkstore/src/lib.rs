@@ -36,6 +36,8 @@ pub use progress::{NoProgress, Progress};
 pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
-pub use stream::{HotRun, HotStream, InstallRun, Resume, ResumeStream, StreamReport, TouchedRun};
+pub use stream::{
+    HotRun, HotStream, InstallRun, Resume, ResumeStream, StreamInfo, StreamReport, Tier, TouchedRun,
+};
 pub use usage::{ImageSummary, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
 pub use verify::{Damage, VerifyDepth, VerifyReport};

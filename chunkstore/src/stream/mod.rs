@@ -2,10 +2,12 @@
 
 mod build;
 mod fetch;
+mod local;
 mod parts;
 mod read;
 
 pub use self::{
-    build::{StreamReport, TouchedRun},
+    build::{StreamInfo, StreamReport, TouchedRun},
+    local::Tier,
     read::{HotRun, HotStream, InstallRun, Resume, ResumeStream},
 };

@@ -3,7 +3,6 @@
 use std::{
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -11,16 +10,18 @@ use std::{
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::Name;
-use dormouse_restore::PageSource;
-use dormouse_vmm_glue::firecracker::{
-    ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-    Incoming, Session, VmmProcess, handshake::Peer, memfile::MemFile, tracking::Base,
+use dormouse_vmm_glue::{
+    firecracker::{
+        ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
+        Incoming, Session, VmmProcess, handshake::Peer, memfile::MemFile, tracking::Base,
+    },
+    opened::Opened,
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     serve_uffd::{
-        HANDSHAKE_PATIENCE, ServingArgs, listen_failure, memory_of, outlive, print_report, thread_failure,
+        HANDSHAKE_PATIENCE, ServingArgs, listen_failure, noted, outlive, print_report, thread_failure,
     },
     standby::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure},
 };
@@ -64,6 +65,10 @@ pub(crate) struct ResumeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
 
+    /// Write which pages the guest touched first to this file once the VM has ended, for `stream rebuild`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
+
     /// Do not let Firecracker track dirty pages: the next standby captures all memory
     #[arg(long)]
     pub(crate) no_dirty_tracking: bool,
@@ -79,6 +84,9 @@ pub(crate) struct Document {
     pub(crate) snapshot: String,
     pub(crate) pid: i32,
     pub(crate) api_socket: PathBuf,
+    /// Pages that the resume stream brings; without one, nothing.
+    #[serde(default)]
+    pub(crate) stream_pages: Option<u64>,
     /// From the request until the guest ran.
     pub(crate) resumed_us: u64,
     /// What had happened when, from the request on.
@@ -143,6 +151,9 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
     // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
     let report = outlive(woken.session)?;
     drop(woken.started);
+    if let (Some(path), Some(record)) = (&args.record, &report.record) {
+        record.write(path).map_err(|e| Failure::file("writing", path, &e))?;
+    }
     let written = args.report.as_ref().map(|path| (path, serde_json::to_vec_pretty(&report)));
     if let Some((path, Ok(bytes))) = written {
         std::fs::write(path, bytes).map_err(|e| Failure::file("writing", path, &e))?;
@@ -176,12 +187,12 @@ pub(crate) fn wake(
         let vmm = vmm.join().unwrap_or_else(|_| Err(Failure::new("bug", "starting Firecracker panicked")));
         (opened, vmm)
     });
-    let ((snapshot, source, state), vmm) = (opened?, vmm?);
+    let ((opened, state), vmm) = (opened?, vmm?);
     timeline.mark("spawn");
 
     let socket = scratch.join("uffd.sock");
-    let (session, incoming) = load(args, &vmm, &socket, &state, source, &mut timeline)?;
-    remember(args, &snapshot, &session);
+    let (session, incoming) = load(args, &vmm, &socket, &state, &opened, &mut timeline)?;
+    remember(args, opened.snapshot(), &session);
     if let Err(error) = vmm.api.resume() {
         give_up(session.process());
         return Err(because(&session, &error));
@@ -192,21 +203,21 @@ pub(crate) fn wake(
 
     let document = Document {
         name: args.name.to_string(),
-        snapshot: snapshot.reference().snapshot.to_string(),
+        snapshot: opened.snapshot().reference().snapshot.to_string(),
         pid: session.process().peer().pid,
         api_socket: vmm.api_socket,
+        stream_pages: opened.stream().map(|s| s.head().pages()),
         resumed_us: micros(timeline.begun.elapsed()),
         phases: timeline.phases,
     };
     Ok(Woken { document, session, started: vmm.started, incoming })
 }
 
-/// The snapshot, its memory and its device state.
-fn open(args: &ResumeArgs, store: &Store) -> Result<(Snapshot, Arc<dyn PageSource>, MemFile), Failure> {
-    let snapshot = store.open_snapshot(&args.name)?;
-    let source = memory_of(&snapshot)?;
-    let state = MemFile::holding("dormouse-vmstate", &snapshot.read_blob(VMSTATE)?);
-    Ok((snapshot, source, state.map_err(|e| Failure::new("memory", e.to_string()))?))
+/// The snapshot and its device state.
+fn open(args: &ResumeArgs, store: &Store) -> Result<(Opened, MemFile), Failure> {
+    let opened = args.serving.open(store, &args.name, false)?;
+    let state = MemFile::holding("dormouse-vmstate", &opened.state(VMSTATE)?);
+    Ok((opened, state.map_err(|e| Failure::new("memory", e.to_string()))?))
 }
 
 fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput) -> Result<Vmm, Failure> {
@@ -233,7 +244,7 @@ fn load(
     vmm: &Vmm,
     socket: &Path,
     state: &MemFile,
-    source: Arc<dyn PageSource>,
+    opened: &Opened,
     timeline: &mut Timeline,
 ) -> Result<(Session, Incoming), Failure> {
     let listener = HandshakeListener::bind(socket).map_err(|e| listen_failure(&e))?;
@@ -245,7 +256,7 @@ fn load(
         let session =
             wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
                 timeline.mark("handshake");
-                Session::start(handshake, source, args.serving.options())
+                Session::wake(handshake, opened, args.serving.options(), noted())
                     .map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
             });
         if session.is_err() {

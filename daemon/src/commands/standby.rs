@@ -11,14 +11,19 @@ use std::{
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{
     BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, Progress, Store,
+    StreamReport,
 };
 use dormouse_core::{ImageId, ImageKind, Name};
-use dormouse_vmm_glue::firecracker::{
-    ApiClient, VmmProcess,
-    api::SnapshotKind,
-    capture::{self, Capture},
-    memfile,
-    tracking::{Base, Tracking},
+use dormouse_vmm_glue::{
+    firecracker::{
+        ApiClient, VmmProcess,
+        api::SnapshotKind,
+        capture::{self, Capture},
+        memfile,
+        tracking::{Base, Tracking},
+    },
+    opened::build_predicted_stream,
+    records::Record,
 };
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +108,9 @@ pub(crate) struct Document {
     /// Bytes of memory captured.
     captured_bytes: u64,
     import: ImportReport,
+    /// The resume stream, made from what the guest touched and wrote in this session; none if that is not known.
+    #[serde(default)]
+    stream: Option<StreamReport>,
 }
 
 /// Each of these follows the one before.
@@ -114,6 +122,8 @@ struct Phases {
     resume_us: u64,
     import_us: u64,
     end_us: u64,
+    #[serde(default)]
+    stream_us: u64,
 }
 
 /// What is captured, and over which parent it is stored.
@@ -148,6 +158,8 @@ pub(crate) fn perform(
     let choice = choose(args, &api, &process, &tracking, &store)?;
     let check_us = micros(begun.elapsed());
 
+    // Before the capture, for which Firecracker touches pages of its own accord.
+    let session = tracking.session_of(&process);
     // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
     tracking.forget(&process).map_err(|e| Failure::new("tracking", e.to_string()))?;
     let captured = capture::capture(&api, choice.kind, args.keep_running).map_err(|e| vmm_failure(&e))?;
@@ -170,6 +182,8 @@ pub(crate) fn perform(
     } else {
         end(&process)?;
     }
+    let (end_us, streaming) = (micros(ending.elapsed()), Instant::now());
+    let stream = predicted_stream(&store, &args.name, session.as_ref(), &captured);
     let times = captured.times;
     Ok(Document {
         name: args.name.to_string(),
@@ -188,10 +202,12 @@ pub(crate) fn perform(
             snapshot_us: micros(times.snapshot),
             resume_us: micros(times.resume),
             import_us,
-            end_us: micros(ending.elapsed()),
+            end_us,
+            stream_us: micros(streaming.elapsed()),
         },
         captured_bytes: captured.memory.stored_bytes().map_err(|e| Failure::new("memory", e.to_string()))?,
         import: report,
+        stream,
     })
 }
 
@@ -281,6 +297,24 @@ fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<Im
     })
 }
 
+/// Stores the new snapshot's resume stream. The snapshot is durable and whole without it, so nothing here fails.
+fn predicted_stream(
+    store: &Store,
+    name: &Name,
+    session: Option<&Record>,
+    captured: &Capture,
+) -> Option<StreamReport> {
+    let dirtied = match captured.kind {
+        SnapshotKind::Diff => captured.memory.written_pages().unwrap_or_default(),
+        SnapshotKind::Full => Vec::new(),
+    };
+    let built = build_predicted_stream(store, name, session.map(|r| &r.session), &dirtied);
+    built.unwrap_or_else(|why| {
+        tracing::warn!(%why, "the snapshot is durable, but has no resume stream: it wakes more slowly");
+        None
+    })
+}
+
 /// The store did not take the snapshot: the VM goes on as if nothing had happened.
 fn give_back(args: &StandbyArgs, api: &ApiClient, captured: &Capture, failure: Failure) -> Failure {
     let state = if args.keep_running || !captured.was_running {
@@ -325,6 +359,10 @@ pub(crate) fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
     writeln!(out, "  resumable     {:>9.1} ms", ms(d.resumable_us))?;
     writeln!(out, "  durable       {:>9.1} ms", ms(d.durable_us))?;
     writeln!(out, "  stored        {:>9}", human::bytes(d.import.stored_bytes))?;
+    if let Some(stream) = &d.stream {
+        let (pages, bytes) = (human::bytes(stream.raw_bytes), human::bytes(stream.stored_bytes));
+        writeln!(out, "  stream        {pages:>9} in {bytes}")?;
+    }
     let vm = if d.ended { "has ended" } else { "runs on" };
     writeln!(out, "  Firecracker ({}) {vm}", d.pid)
 }
