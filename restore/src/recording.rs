@@ -113,24 +113,19 @@ impl Recording {
 
     /// What came with a fault on `page`, now or a little later, and then did not fault: its run first.
     fn brought_by(&self, page: PageIndex) -> Result<Vec<Range<u64>>, SourceError> {
-        if self.page_size == PageSize::Huge {
-            return Ok(vec![page.0..page.0 + PageSize::Huge.pages()]);
-        }
-        if self.page_by_page {
-            return Ok(vec![page.0..page.0 + 1]);
+        if self.page_size == PageSize::Huge || self.page_by_page {
+            let run = page.0..page.0 + self.page_size.pages();
+            return Ok(vec![run]);
         }
         let extent = self.image.locate(page)?;
-        let (first, end) = (extent.first.0, extent.end());
-        Ok(match extent.content {
-            Content::Frame { frame, .. } => {
-                let others = self.image.runs_of(frame).unwrap_or_default();
-                [first..end].into_iter().chain(others.iter().map(|e| e.first.0..e.end())).collect()
-            }
-            Content::Zero => {
-                let block = page.0 / ZERO_PAGES * ZERO_PAGES;
-                vec![first.max(block)..end.min(block + ZERO_PAGES)]
-            }
-        })
+        let mut run = extent.first.0..extent.end();
+        let Content::Frame { frame, .. } = extent.content else {
+            let block = page.0 / ZERO_PAGES * ZERO_PAGES;
+            run = run.start.max(block)..run.end.min(block + ZERO_PAGES);
+            return Ok(vec![run]);
+        };
+        let others = self.image.runs_of(frame).unwrap_or_default();
+        Ok(std::iter::once(run).chain(others.iter().map(|e| e.first.0..e.end())).collect())
     }
 }
 
