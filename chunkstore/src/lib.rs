@@ -40,7 +40,8 @@ pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
 pub use stream::{
-    HotRun, HotStream, InstallRun, Resume, ResumeStream, STREAM_LEVEL, StreamReport, TouchedRun,
+    HotRun, HotStream, InstallRun, Resume, ResumeStream, STREAM_LEVEL, StreamInfo, StreamReport, Tier,
+    TouchedRun,
 };
 pub use usage::{ImageSummary, Scatter, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
 pub use verify::{

@@ -60,7 +60,7 @@ pub struct Store {
     pub(crate) frames: Arc<FrameCache>,
     pub(crate) lease: Duration,
     disk: Arc<OnceLock<Option<DiskCache>>>,
-    disk_bytes: u64,
+    pub(crate) disk_bytes: u64,
 }
 
 impl Store {
@@ -127,8 +127,8 @@ impl Store {
         Ok(Snapshot::new(self.clone(), reference, root))
     }
 
-    /// Where this host caches the domain.
-    pub(crate) fn cache_dir(&self) -> Option<&std::path::Path> {
+    /// Where this host keeps what it can rebuild of the domain; all of it may be deleted at any time.
+    pub fn cache_dir(&self) -> Option<&std::path::Path> {
         self.domain.0.cache_dir()
     }
 

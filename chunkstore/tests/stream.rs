@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, atomic::Ordering};
 
 use common::{Machine, store_in};
 use dormouse_chunkstore::{
-    NoProgress, Resume, Store, StoreOptions, TouchedRun,
+    NoProgress, Resume, Store, StoreOptions, Tier, TouchedRun,
     backend::{faulty::FaultyBackend, open_url},
 };
 use dormouse_core::{ImageKind, Name};
@@ -163,4 +163,141 @@ fn garbage_collection_takes_a_stream_whose_name_is_gone_and_leaves_the_others() 
     let left = std::fs::read_dir(dir.path().join("store/plain/streams")).unwrap();
     let left: Vec<_> = left.map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["kept"]);
+}
+
+/// A remote store that counts, and hosts with disks of their own.
+struct Hosts {
+    dir: tempfile::TempDir,
+    backend: Arc<FaultyBackend>,
+}
+
+impl Hosts {
+    fn new() -> Self {
+        let backend = Arc::new(FaultyBackend::counting(open_url("memory://").unwrap()));
+        Hosts { dir: tempfile::tempdir().unwrap(), backend }
+    }
+
+    /// A new process on that host.
+    fn on(&self, host: &str) -> Store {
+        self.with_room(host, StoreOptions::default().disk_cache_bytes)
+    }
+
+    fn with_room(&self, host: &str, disk_cache_bytes: u64) -> Store {
+        let cache_dir = Some(self.dir.path().join(host));
+        Store::with_backend(
+            self.backend.clone(),
+            StoreOptions { cache_dir, disk_cache_bytes, ..Default::default() },
+        )
+    }
+
+    /// Resumes `m`, checks every page of the stream, and gives the reads that took and whether it was warm.
+    fn resume(&self, host: &str, machine: &Machine, pages: usize) -> (u64, bool) {
+        let before = self.backend.counts().gets.load(Ordering::SeqCst);
+        let resume = self.on(host).open_resume(&name("m")).unwrap();
+        let stream = resume.stream.as_ref().unwrap();
+        assert_eq!(stream.state("vmstate").unwrap().unwrap(), machine.state);
+        assert_eq!(streamed_pages(&resume, machine).len(), pages);
+        stream.keep();
+        (self.backend.counts().gets.load(Ordering::SeqCst) - before, stream.is_warm())
+    }
+
+    fn files(&self, host: &str) -> Vec<std::path::PathBuf> {
+        let store = self.on(host);
+        let dir = store.cache_dir().unwrap().join("streams");
+        let mut files: Vec<_> =
+            std::fs::read_dir(dir).into_iter().flatten().map(|f| f.unwrap().path()).collect();
+        files.sort();
+        files
+    }
+}
+
+#[test]
+fn a_warm_resume_asks_for_the_reference_only() {
+    let hosts = Hosts::new();
+    let machine = Machine::new(600, 10);
+    let far = hosts.on("far");
+    machine.import(&far, "m", None).unwrap();
+    let snapshot = far.open_snapshot(&name("m")).unwrap();
+    far.build_stream(&snapshot, &first_pages(500)).unwrap();
+    let id = snapshot.reference().snapshot;
+    assert_eq!(far.tier(&name("m"), id), Tier::Warm, "who made it has it");
+    assert_eq!(hosts.on("near").tier(&name("m"), id), Tier::Cold);
+    let (gets, warm) = hosts.resume("near", &machine, 500);
+    assert!(gets > 1 && !warm, "{gets}");
+    assert_eq!(hosts.on("near").tier(&name("m"), id), Tier::Warm);
+    assert_eq!(hosts.resume("near", &machine, 500), (1, true), "one read: the reference");
+    assert!(hosts.on("near").cool(&name("m")) && !hosts.on("near").cool(&name("m")));
+    assert_eq!(hosts.on("near").tier(&name("m"), id), Tier::Cold);
+    // Brought by hand, from a stream and from nothing.
+    let near = hosts.on("near");
+    assert!(near.warm(&name("m")).unwrap().unwrap() > 0 && near.is_pinned(&name("m")));
+    assert_eq!(hosts.resume("near", &machine, 500), (1, true));
+    near.remove_stream(&name("m")).unwrap();
+    assert!(!near.is_pinned(&name("m")));
+    assert_eq!(near.warm(&name("m")).unwrap(), None);
+}
+
+#[test]
+fn a_stream_on_disk_of_an_older_snapshot_is_not_used_and_goes() {
+    let hosts = Hosts::new();
+    let mut machine = Machine::new(100, 10);
+    let far = hosts.on("far");
+    machine.import(&far, "m", None).unwrap();
+    far.build_stream(&far.open_snapshot(&name("m")).unwrap(), &first_pages(50)).unwrap();
+    hosts.resume("near", &machine, 50);
+    machine.change(1, 20);
+    machine.import(&far, "m", Some("m")).unwrap();
+    assert!(hosts.on("near").open_resume(&name("m")).unwrap().stream.is_none());
+    assert!(hosts.files("near").is_empty());
+    far.build_stream(&far.open_snapshot(&name("m")).unwrap(), &first_pages(60)).unwrap();
+    assert!(!hosts.resume("near", &machine, 60).1, "the new one comes from the store");
+    assert_eq!(hosts.resume("near", &machine, 60), (1, true));
+}
+
+#[test]
+fn a_damaged_stream_on_disk_is_read_from_the_store_instead() {
+    let hosts = Hosts::new();
+    let machine = Machine::new(100, 10);
+    let far = hosts.on("far");
+    machine.import(&far, "m", None).unwrap();
+    far.build_stream(&far.open_snapshot(&name("m")).unwrap(), &first_pages(80)).unwrap();
+    hosts.resume("near", &machine, 80);
+    let [file] = &hosts.files("near")[..] else { panic!("one stream") };
+    let good = std::fs::read(file).unwrap();
+    for at in (0..good.len()).step_by(97) {
+        let mut damaged = good.clone();
+        damaged[at] ^= 0x10;
+        std::fs::write(file, damaged).unwrap();
+        // Every page and the state are right all the same.
+        let (gets, _) = hosts.resume("near", &machine, 80);
+        assert!(gets > 1 || std::fs::read(file).unwrap() == good, "the damage at {at} was not noticed");
+    }
+    for cut in [0, 10, 71, good.len() / 2, good.len() - 1] {
+        std::fs::write(file, &good[..cut]).unwrap();
+        assert!(!hosts.resume("near", &machine, 80).1, "cut at {cut}");
+    }
+}
+
+#[test]
+fn streams_on_disk_keep_their_bound_and_pinned_ones_stay() {
+    let hosts = Hosts::new();
+    let far = hosts.on("far");
+    let mut bytes = 0;
+    for n in ["a", "b.x", "b"] {
+        let machine = Machine::new(200, 10);
+        machine.import(&far, n, None).unwrap();
+        let report = far.build_stream(&far.open_snapshot(&name(n)).unwrap(), &first_pages(150)).unwrap();
+        bytes = report.stored_bytes.max(bytes);
+    }
+    // Room for one, and a pinned one beside.
+    let near = hosts.with_room("near", 4 * (bytes + bytes / 2));
+    near.warm(&name("a")).unwrap().unwrap();
+    for n in ["b.x", "b", "b.x"] {
+        let resume = near.open_resume(&name(n)).unwrap();
+        let stream = resume.stream.unwrap();
+        stream.for_each_run(1, &|_, _, _| Ok(())).unwrap();
+        stream.keep();
+        let names: Vec<_> = hosts.files("near").iter().map(|f| f.file_name().unwrap().to_owned()).collect();
+        assert_eq!(names, ["a", n, "~pin-a"]);
+    }
 }

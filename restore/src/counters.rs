@@ -48,6 +48,8 @@ counters! {
     inline_hits,
     /// Pages installed by prefetch, fill or a working-set stream before anybody faulted on them.
     prefetched_pages,
+    /// Of those, pages installed from a resume stream.
+    streamed_pages,
     /// Installs that met a page already there (EEXIST).
     exists,
     /// Installs put off because an event had to be read first (EAGAIN).

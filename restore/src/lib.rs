@@ -25,12 +25,15 @@
 #![deny(unsafe_code)]
 
 pub mod counters;
+pub mod coverage;
 pub mod error;
+pub mod first_pages;
 pub mod install;
 pub mod kept;
 pub mod outcome;
 pub mod plan;
 pub mod policy;
+pub mod recording;
 pub mod session;
 pub mod source;
 pub mod state;
@@ -56,10 +59,13 @@ mod worker;
 pub mod sys;
 
 pub use counters::{Counters, CountersSnapshot};
+pub use coverage::{Coverage, HeldOut};
 pub use error::RestoreError;
+pub use first_pages::{FirstPages, FirstPagesSource, decode_workers};
 pub use kept::{KeptStates, KeptStatesError};
 pub use plan::{PageRun, PageSize, Plan, PlanError, RegionSpec};
 pub use policy::{FailClosed, Policy, Retry};
+pub use recording::{PageByPage, Recording, SessionRecord};
 pub use session::{BulkInstaller, DetachError, Restore, RestoreHandle, VmStopped};
 pub use source::{Content, DecodedFrame, Extent, FrameToken, PageSource, SourceError, SourceErrorKind};
 pub use stored_image::StoredImage;
@@ -68,4 +74,4 @@ pub use sys::mapping::Mapping;
 pub use sys::memory::Memory;
 pub use sys::uffd::{Uffd, UffdError, UffdOptions};
 pub use timeline::{Histogram, Phase, TimelineReport};
-pub use working_set::WorkingSet;
+pub use working_set::{PageSet, WORKING_SET_PAGES_MAX, WorkingSet, predict};

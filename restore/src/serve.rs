@@ -172,8 +172,11 @@ impl Core {
         let (mut shown, mut fault) = (0, None);
         while let Some(waiters) = self.frames.waiters(frame) {
             for waiter in waiters {
-                // A fault gets all that the run shows of the frame; a prefetch what it asked for.
-                shown += waiter.since.map_or(waiter.wanted.cells(), |_| waiter.extent.pages);
+                // A fault gets as much as it reaches of what the run shows of the frame; a prefetch what it asked for.
+                shown += match (waiter.since, waiter.reach) {
+                    (Some(_), Reach::Run) => waiter.extent.pages,
+                    _ => waiter.wanted.cells(),
+                };
                 // Kept before the fetch ends, so that no other thread can start another in between.
                 if shown < decoded.pages() {
                     self.frames.keep(frame, decoded);

@@ -303,6 +303,12 @@ pub struct BulkInstaller {
     core: Arc<Core>,
 }
 
+impl std::fmt::Debug for BulkInstaller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BulkInstaller").finish_non_exhaustive()
+    }
+}
+
 impl BulkInstaller {
     /// Installs the decoded, verified `bytes` of the image pages from `first` on, and returns how many pages
     /// (of their region's size) that put in place. Pages that are there already, are being installed, or were
@@ -311,11 +317,18 @@ impl BulkInstaller {
         if !bytes.len().is_multiple_of(PAGE_BYTES) {
             return Err(RestoreError::NotPages { bytes: bytes.len() });
         }
-        self.each(PageRun { first, pages: (bytes.len() / PAGE_BYTES) as u64 }, |span, skip| {
+        let done = self.each(PageRun { first, pages: (bytes.len() / PAGE_BYTES) as u64 }, |span, skip| {
             let from = skip as usize * PAGE_BYTES;
             let len = (span.cells() * self.core.cell_bytes(span)) as usize;
             self.core.fill(span, Bytes::Of(&bytes[from..from + len]))
-        })
+        })?;
+        self.core.counters.streamed_pages.add(done);
+        Ok(done)
+    }
+
+    /// [`RestoreHandle::mark`].
+    pub(crate) fn mark(&self, phase: &str) {
+        self.core.timeline.mark(phase);
     }
 
     /// Installs zeros on `run`, which the image holds as zeros. Returns as [`install_run`](Self::install_run).

@@ -7,6 +7,8 @@
 //! | [`embed`] | linking Dormouse into a VMM: standby and waking in `vm-memory`'s types |
 //! | [`firecracker`] | the userfaultfd handshake, API client and process of stock Firecracker |
 //! | [`keeper`] | what outlives the serving process: a holder of descriptors, or systemd's store |
+//! | [`opened`] | a snapshot opened so that machines wake from it, with its resume stream |
+//! | [`records`] | what this host has seen of machines' working sets |
 //! | [`cloud_hypervisor`] | pure types of its offload protocol |
 //!
 //! Nothing here fetches or installs a page: that is the business of `dormouse-restore`, which [`embed`] puts to
@@ -21,4 +23,6 @@ pub mod firecracker;
 pub mod guest;
 pub mod keeper;
 pub mod minivm;
+pub mod opened;
+pub mod records;
 mod sys;

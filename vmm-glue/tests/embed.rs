@@ -67,6 +67,32 @@ fn wakes_from_its_stream(host: Host) {
     assert_eq!(counters.fetches, 0, "all of it came with the stream: {counters:?}");
 }
 
+/// What one session touched is the stream of the next, and pages held out of it say what it is worth.
+fn sleeps_with_a_stream_and_measures_it(host: Host) {
+    let mut bed = Bed::new(host);
+    bed.boot("machine");
+    let mut awake = bed.wake("machine", Prefetch::Nothing);
+    awake.verified();
+    let runs = awake.woken.working_set().expect("page map");
+    park_and_pause(&mut *awake.guest, PATIENCE).expect("park");
+    let state = awake.guest.save_state().expect("state");
+    let sleep = Sleep::new(name("machine")).parent(name("machine")).working_set(runs);
+    sleep.state(state_id(), state).store(&bed.store, awake.woken.memory()).expect("sleep");
+    awake.end();
+
+    bed.sample = true;
+    let awake = bed.wake("machine", Prefetch::WorkingSet);
+    awake.verified();
+    let seen = awake.woken.session().expect("page map");
+    let counted = seen.coverage;
+    assert!(counted.set_pages >= PAGES && counted.sampled_touched > 0, "{counted:?}");
+    assert!(counted.missed <= 8 && counted.coverage() > Some(0.95), "{counted:?}");
+    // What was held out and not needed is left out of the next stream, and all else stays.
+    let next: u64 = awake.woken.working_set().expect("page map").iter().map(|r| r.pages).sum();
+    assert!(next + counted.sampled_untouched >= counted.set_pages, "{next}: {counted:?}");
+    awake.end();
+}
+
 /// Each stored as what changed since the one before; all of them can be woken afterwards.
 fn ten_generations(host: Host) {
     let bed = Bed::new(host);
@@ -143,6 +169,7 @@ on_both_hosts!(
     wakes_and_verifies_everything,
     remembers_what_it_touched,
     wakes_from_its_stream,
+    sleeps_with_a_stream_and_measures_it,
     ten_generations,
     damage_fails_closed,
     other_regions_are_refused,

@@ -3,7 +3,7 @@
 use std::{ops::Range, path::PathBuf};
 
 use dormouse_core::{ImageId, ImageKind, Name, SnapshotId};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The compression level of fresh frames; see `docs/DENSITY.md` for what each level buys.
 pub const DEFAULT_LEVEL: i32 = 6;
@@ -86,7 +86,7 @@ impl ImportRequest {
 }
 
 /// What an import did.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ImportReport {
     /// The name.
     pub name: String,

@@ -1,15 +1,19 @@
 //! Building a stream from a snapshot and the pages its machine is known to touch first.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
 
 use bytes::Bytes;
 use dormouse_core::{
-    PAGE_BYTES, PageIndex,
+    Name, PAGE_BYTES, PageIndex,
     frame::EncodedFrame,
     limits::BLOB_PIECE_BYTES,
-    stream::{STREAM_FRAME_PAGES_MAX, StreamBlob, StreamBuilder, StreamPart},
+    stream::{STREAM_FRAME_PAGES_MAX, StreamBlob, StreamBuilder, StreamHead, StreamPart},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Result, StoreError},
@@ -21,6 +25,8 @@ use crate::{
 /// guest memory this level takes 1/7 more bytes than level 3 and decodes three times as fast, since it leaves out the
 /// entropy coding of literals. See `docs/DENSITY.md`.
 pub const STREAM_LEVEL: i32 = -1;
+/// Frames read from a remote store at the same time.
+const REMOTE_READERS: usize = 8;
 /// First touches are ordered coarsely: between clones the set of pages is stable and their fine order is not, and
 /// long runs install faster. Within this many pages of the order, pages are sorted by their place.
 const ORDER_PAGES: u64 = 2048;
@@ -35,7 +41,7 @@ pub struct TouchedRun {
 }
 
 /// What a stream holds.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct StreamReport {
     /// Pages in it.
     pub pages: u64,
@@ -47,9 +53,34 @@ pub struct StreamReport {
     pub frames: u64,
 }
 
+/// A stream that is stored.
+#[derive(Clone, Debug)]
+pub struct StreamInfo {
+    /// What it is of, and what is in it.
+    pub head: StreamHead,
+    /// Bytes of the object.
+    pub stored_bytes: u64,
+}
+
+impl StreamInfo {
+    /// The pages in it, in its order.
+    pub fn touched(&self) -> Vec<TouchedRun> {
+        let runs = self.head.frames.iter().flat_map(|f| match &f.part {
+            StreamPart::State { .. } => Vec::new(),
+            StreamPart::Pages { image, runs } => {
+                runs.iter().map(|pages| TouchedRun { image: *image, pages: pages.clone() }).collect()
+            }
+        });
+        runs.collect()
+    }
+}
+
 impl Store {
     /// Makes the resume stream of a snapshot, in place of the one it has. `touched` is in the order of first touch;
     /// pages outside an image are left out.
+    ///
+    /// # Errors
+    /// The store's; [`StoreError::Conflict`] if the name has moved on to another snapshot. The stream is then as it was.
     pub fn build_stream(&self, snapshot: &Snapshot, touched: &[TouchedRun]) -> Result<StreamReport> {
         let reference = snapshot.reference();
         let root = snapshot.root();
@@ -70,21 +101,80 @@ impl Store {
         }
         let images: Vec<Image> = snapshot.images().collect();
         let mut report = StreamReport { frames: root.blobs.len() as u64, ..Default::default() };
-        for (image, runs) in frames_of(&coalesce(touched, &images)) {
-            let mut raw = Vec::with_capacity(STREAM_FRAME_PAGES_MAX * PAGE_BYTES);
-            for run in &runs {
-                read_pages(&images[image as usize], run.clone(), &mut raw)?;
-            }
-            report.pages += (raw.len() / PAGE_BYTES) as u64;
+        let frames = frames_of(&coalesce(touched, &images));
+        for ((image, runs), frame) in frames.iter().zip(self.encoded(&frames, &images)?) {
+            report.pages += runs.iter().map(|r| r.end - r.start).sum::<u64>();
             report.frames += 1;
-            let frame = EncodedFrame::encode(&self.domain, &raw, STREAM_LEVEL);
-            builder.push(&StreamPart::Pages { image, runs }, &frame);
+            builder.push(&StreamPart::Pages { image: *image, runs: runs.clone() }, &frame);
         }
         let object = builder.finish(&self.domain);
         report.raw_bytes = report.pages * PAGE_BYTES as u64;
         report.stored_bytes = object.len() as u64;
-        self.backend.put_again(&self.keys.stream(&self.domain, &reference.name), Bytes::from(object))?;
+        // A stream of what the name stood for before would only push out a newer one.
+        if self.reference(&reference.name)?.0.is_none_or(|now| now.snapshot != reference.snapshot) {
+            return Err(StoreError::Conflict { name: reference.name.to_string() });
+        }
+        let object = Bytes::from(object);
+        self.backend.put_again(&self.keys.stream(&self.domain, &reference.name), object.clone())?;
+        self.keep_stream(&reference.name, &object);
         Ok(report)
+    }
+
+    /// Reads, decodes and encodes on several threads: reads of a remote store are mostly waiting.
+    fn encoded(&self, frames: &[(u32, Vec<Range<u64>>)], images: &[Image]) -> Result<Vec<EncodedFrame>> {
+        let cores = thread::available_parallelism().map_or(1, |n| n.get());
+        let workers = if self.backend.is_local() { cores } else { cores.max(REMOTE_READERS) };
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let (mut done, mut raw) = (Vec::new(), Vec::with_capacity(STREAM_FRAME_PAGES_MAX * PAGE_BYTES));
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some((image, runs)) = frames.get(index) else { return Ok(done) };
+                raw.clear();
+                for run in runs {
+                    read_pages(&images[*image as usize], run.clone(), &mut raw)?;
+                }
+                done.push((index, EncodedFrame::encode(&self.domain, &raw, STREAM_LEVEL)));
+            }
+        };
+        let parts: Vec<Result<Vec<_>>> = thread::scope(|scope| {
+            let spawned: Vec<_> = (1..workers.min(frames.len())).map(|_| scope.spawn(work)).collect();
+            let mine = work();
+            let panicked = |_| Err(StoreError::Bug("a thread that built a resume stream panicked"));
+            [mine].into_iter().chain(spawned.into_iter().map(|t| t.join().unwrap_or_else(panicked))).collect()
+        });
+        let mut all: Vec<(usize, EncodedFrame)> = Vec::with_capacity(frames.len());
+        for part in parts {
+            all.extend(part?);
+        }
+        all.sort_unstable_by_key(|(index, _)| *index);
+        Ok(all.into_iter().map(|(_, frame)| frame).collect())
+    }
+
+    /// What the stream stored for `name` is of and holds, be it current or not; `None` if there is none.
+    ///
+    /// # Errors
+    /// The store's; [`StoreError::Damaged`] for a stream that is no use any more.
+    pub fn stream_info(&self, name: &Name) -> Result<Option<StreamInfo>> {
+        self.settle()?;
+        let key = self.keys.stream(&self.domain, name);
+        let Some(stored_bytes) = self.backend.head(&key)? else { return Ok(None) };
+        Ok(self.stream_head(&key, None)?.map(|head| StreamInfo { head, stored_bytes }))
+    }
+
+    /// Deletes the stream of `name`; whether there was one. The snapshot resumes without it, only slower.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn remove_stream(&self, name: &Name) -> Result<bool> {
+        self.settle()?;
+        let key = self.keys.stream(&self.domain, name);
+        let there = self.backend.head(&key)?.is_some();
+        if there {
+            self.backend.delete(&key)?;
+        }
+        self.cool(name);
+        Ok(there)
     }
 }
 

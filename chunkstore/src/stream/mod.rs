@@ -2,10 +2,12 @@
 
 mod build;
 mod fetch;
+mod local;
 mod parts;
 mod read;
 
 pub use self::{
-    build::{STREAM_LEVEL, StreamReport, TouchedRun},
+    build::{STREAM_LEVEL, StreamInfo, StreamReport, TouchedRun},
+    local::Tier,
     read::{HotRun, HotStream, InstallRun, Resume, ResumeStream},
 };

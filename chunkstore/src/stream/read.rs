@@ -13,7 +13,7 @@ use dormouse_core::{
     stream::{PREFIX_BYTES, StreamFrame, StreamHead, StreamPart},
 };
 
-use super::fetch::Fetcher;
+use super::{fetch::Fetcher, local::LocalStream};
 use crate::{
     error::{Result, StoreError},
     snapshot::Snapshot,
@@ -36,9 +36,12 @@ pub struct Resume {
 #[derive(Debug)]
 pub struct ResumeStream {
     store: Store,
+    name: Name,
     key: String,
     head: StreamHead,
     fetcher: Option<Arc<Fetcher>>,
+    /// The warm tier.
+    local: Option<LocalStream>,
 }
 
 impl Drop for ResumeStream {
@@ -50,7 +53,17 @@ impl Drop for ResumeStream {
 impl Store {
     /// Opens a snapshot to be resumed: reference and stream are asked for at the same time, and the stream brings the
     /// root. Without a stream, or with one that is damaged or of another snapshot, the root is read by itself.
+    ///
+    /// A stream that this host has on disk is not asked for, as long as it is of the snapshot that the name stands for.
     pub fn open_resume(&self, name: &Name) -> Result<Resume> {
+        if let Some(local) = self.local_stream(name) {
+            let reference = self.reference(name)?.0.ok_or_else(|| self.no_such(name))?;
+            if local.head.snapshot == reference.snapshot {
+                self.stream_used(&local);
+                return self.open_local(reference, local);
+            }
+            local.discard();
+        }
         let key = self.keys.stream(&self.domain, name);
         let fetcher = (!self.backend.is_local()).then(|| Fetcher::start(self.backend.clone(), key.clone()));
         let opened = self.open_with(name, &key, fetcher.clone());
@@ -58,6 +71,19 @@ impl Store {
             fetcher.iter().for_each(|f| f.stop());
         }
         opened
+    }
+
+    fn open_local(&self, reference: Reference, mut local: LocalStream) -> Result<Resume> {
+        let frames = std::mem::take(&mut local.head.frames);
+        let head = StreamHead { frames, ..local.head.clone() };
+        let root = match self.root_of(&head, &reference) {
+            Some(root) => root,
+            None => self.read_root(reference.root, Some(&reference.name))?,
+        };
+        let (name, key) = (reference.name.clone(), self.keys.stream(&self.domain, &reference.name));
+        let snapshot = Snapshot::new(self.clone(), reference, root);
+        let stream = ResumeStream { store: self.clone(), name, key, head, fetcher: None, local: Some(local) };
+        Ok(Resume { snapshot, stream: Some(stream) })
     }
 
     fn open_with(&self, name: &Name, key: &str, fetcher: Option<Arc<Fetcher>>) -> Result<Resume> {
@@ -74,8 +100,8 @@ impl Store {
             None => self.read_root(reference.root, Some(name))?,
         };
         let snapshot = Snapshot::new(self.clone(), reference, root);
-        let stream =
-            head.map(|head| ResumeStream { store: self.clone(), key: key.to_owned(), head, fetcher });
+        let (store, name, key) = (self.clone(), name.clone(), key.to_owned());
+        let stream = head.map(|head| ResumeStream { store, name, key, head, fetcher, local: None });
         Ok(Resume { snapshot, stream })
     }
 
@@ -88,7 +114,11 @@ impl Store {
         Root::decode(&self.domain, reference.root, &head.root_object).ok()
     }
 
-    fn stream_head(&self, key: &str, fetcher: Option<&Arc<Fetcher>>) -> Result<Option<StreamHead>> {
+    pub(super) fn stream_head(
+        &self,
+        key: &str,
+        fetcher: Option<&Arc<Fetcher>>,
+    ) -> Result<Option<StreamHead>> {
         let damaged = |why| StoreError::Damaged { key: key.to_owned(), why };
         let read = |range: Range<u64>| match fetcher {
             Some(fetcher) => match fetcher.bytes(range) {
@@ -145,16 +175,32 @@ impl ResumeStream {
         self.head.object_bytes(PREFIX_BYTES as u64)
     }
 
+    /// Whether it is read from this host's cache.
+    pub fn is_warm(&self) -> bool {
+        self.local.is_some()
+    }
+
+    /// Keeps it on this host's disk if all of it has been read from a remote store; it is read from there next time.
+    pub fn keep(&self) {
+        let Some(fetcher) = &self.fetcher else { return };
+        if let Ok(object) = fetcher.bytes(0..self.stored_bytes()) {
+            self.store.keep_stream(&self.name, &object);
+        }
+    }
+
     fn stored(&self, frame: &StreamFrame) -> Result<Bytes> {
         let range = frame.at.range();
-        match &self.fetcher {
-            Some(fetcher) => fetcher.bytes(range),
-            None => self
-                .store
-                .backend
-                .get(&self.key, Some(range))?
-                .ok_or_else(|| StoreError::Missing { key: self.key.clone(), referrer: "a resume".into() }),
+        match (&self.fetcher, &self.local) {
+            (Some(fetcher), _) => fetcher.bytes(range),
+            // What cannot be read does not decode, and is then asked of the store.
+            (None, Some(local)) => Ok(local.bytes(range).unwrap_or_default()),
+            (None, None) => self.read_from_store(range),
         }
+    }
+
+    fn read_from_store(&self, range: Range<u64>) -> Result<Bytes> {
+        let stored = self.store.backend.get(&self.key, Some(range))?;
+        stored.ok_or_else(|| StoreError::Missing { key: self.key.clone(), referrer: "a resume".into() })
     }
 
     fn decode(&self, frame: &StreamFrame, raw: &mut Vec<u8>) -> Result<()> {
@@ -162,7 +208,13 @@ impl ResumeStream {
     }
 
     fn decode_stored(&self, frame: &StreamFrame, stored: &[u8], raw: &mut Vec<u8>) -> Result<()> {
-        let decoded = frame.at.decode_into(&self.store.domain, stored, raw);
+        let mut decoded = frame.at.decode_into(&self.store.domain, stored, raw);
+        if let (Err(why), Some(local)) = (&decoded, &self.local) {
+            tracing::info!(%why, name = %self.name, "the resume stream on disk is damaged; the store has another");
+            local.discard();
+            let stored = self.read_from_store(frame.at.range())?;
+            decoded = frame.at.decode_into(&self.store.domain, &stored, raw);
+        }
         decoded.map_err(|why| StoreError::Damaged { key: self.key.clone(), why })
     }
 

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve_uffd, show, standby, verify,
+    bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve_uffd, show, standby,
+    stream, tier, train, verify,
 };
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
@@ -90,6 +91,15 @@ pub(crate) enum Command {
     /// Put a running VM on standby: into the store, and out of this host
     #[command(subcommand)]
     Standby(standby::StandbyCommand),
+    /// Make or remove a snapshot's resume stream: what its machine touches first, in one object
+    #[command(subcommand)]
+    Stream(stream::StreamCommand),
+    /// Let a throw-away clone of a snapshot run for a moment, and make the resume stream from what it touches
+    Train(train::TrainArgs),
+    /// Bring a snapshot's resume stream to this host's disk, and keep it there
+    Warm(tier::TierArgs),
+    /// Take a snapshot's resume stream off this host's disk; the store keeps it
+    Cool(tier::TierArgs),
     /// Make and look at encryption keys
     #[command(subcommand)]
     Key(key::KeyCommand),

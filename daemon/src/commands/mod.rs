@@ -16,6 +16,9 @@ pub(crate) mod rm;
 pub(crate) mod serve_uffd;
 pub(crate) mod show;
 pub(crate) mod standby;
+pub(crate) mod stream;
+pub(crate) mod tier;
+pub(crate) mod train;
 pub(crate) mod verify;
 
 use crate::{
@@ -43,6 +46,10 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::ServeUffd(args) => serve_uffd::run(&args, context),
         Command::Resume(command) => resume::run(command, context),
         Command::Standby(command) => standby::run(&command, context),
+        Command::Stream(command) => stream::run(&command, context),
+        Command::Warm(args) => tier::warm(&args, context),
+        Command::Cool(args) => tier::cool(&args, context),
+        Command::Train(args) => train::run(&args, context),
         Command::Key(command) => key::run(&command, context),
     }
 }

@@ -3,24 +3,25 @@
 use std::{
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use clap::{Args, Subcommand};
-use dormouse_chunkstore::Snapshot;
+use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::Name;
-use dormouse_restore::PageSource;
-use dormouse_vmm_glue::firecracker::{
-    ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-    Incoming, Session, VmmProcess, handshake::Peer, memfile::MemFile, tracking::Base,
+use dormouse_vmm_glue::{
+    firecracker::{
+        ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
+        Incoming, Session, VmmProcess, handshake::Peer, memfile::MemFile, tracking::Base,
+    },
+    opened::Opened,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     serve_uffd::{
-        HANDSHAKE_PATIENCE, ServingArgs, listen_failure, memory_of, outlive, print_report, thread_failure,
+        HANDSHAKE_PATIENCE, ServingArgs, listen_failure, noted, outlive, print_report, thread_failure,
     },
     standby::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure},
 };
@@ -46,48 +47,57 @@ pub(crate) enum ResumeCommand {
 pub(crate) struct ResumeArgs {
     /// The snapshot
     #[arg(value_parser = context::name)]
-    name: Name,
+    pub(crate) name: Name,
 
     /// Start this Firecracker; without it, use the one that listens at --api-socket and has no guest yet
     #[arg(long, value_name = "BIN", required_unless_present = "api_socket")]
-    firecracker: Option<PathBuf>,
+    pub(crate) firecracker: Option<PathBuf>,
 
     /// Firecracker's API socket [default: in a temporary directory]
     #[arg(long, value_name = "PATH")]
-    api_socket: Option<PathBuf>,
+    pub(crate) api_socket: Option<PathBuf>,
 
     /// Write Firecracker's standard output, and with it the guest's serial port, to this file
     #[arg(long, value_name = "FILE", requires = "firecracker")]
-    console: Option<PathBuf>,
+    pub(crate) console: Option<PathBuf>,
 
     /// Write what was served to this file as JSON once the VM has ended
     #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
+    pub(crate) report: Option<PathBuf>,
+
+    /// Write which pages the guest touched first to this file once the VM has ended, for `stream rebuild`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
 
     /// Do not let Firecracker track dirty pages: the next standby captures all memory
     #[arg(long)]
-    no_dirty_tracking: bool,
+    pub(crate) no_dirty_tracking: bool,
 
     #[command(flatten)]
-    serving: ServingArgs,
+    pub(crate) serving: ServingArgs,
 }
 
-#[derive(Debug, Serialize)]
-struct Document {
-    name: String,
-    snapshot: String,
-    pid: i32,
-    api_socket: PathBuf,
+/// What `resume` says of itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Document {
+    pub(crate) name: String,
+    pub(crate) snapshot: String,
+    pub(crate) pid: i32,
+    pub(crate) api_socket: PathBuf,
+    /// Pages that the resume stream brings; without one, nothing.
+    #[serde(default)]
+    pub(crate) stream_pages: Option<u64>,
     /// From the request until the guest ran.
-    resumed_us: u64,
+    pub(crate) resumed_us: u64,
     /// What had happened when, from the request on.
-    phases: Vec<Phase>,
+    pub(crate) phases: Vec<Phase>,
 }
 
-#[derive(Clone, Debug, Serialize)]
-struct Phase {
-    name: String,
-    at_us: u64,
+/// An instant of a resume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Phase {
+    pub(crate) name: String,
+    pub(crate) at_us: u64,
 }
 
 /// Notes what has happened.
@@ -117,51 +127,33 @@ struct Vmm {
     api: ApiClient,
     api_socket: PathBuf,
     /// Killed when dropped, until it is let go.
-    _started: Option<Firecracker>,
+    started: Option<Firecracker>,
+}
+
+/// A VM that runs again.
+pub(crate) struct Woken {
+    pub(crate) document: Document,
+    pub(crate) session: Session,
+    /// The Firecracker that was started for it: killed when dropped.
+    pub(crate) started: Option<Firecracker>,
+    /// Where it came for its memory. Ending it takes a moment, which the guest should not wait for.
+    pub(crate) incoming: Incoming,
 }
 
 pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, Failure> {
     let ResumeCommand::Firecracker(args) = command;
-    let mut timeline = Timeline { begun: Instant::now(), phases: Vec::new() };
     // Sockets that nobody else can reach, gone when this process ends.
     let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
     let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;
-    // Firecracker starts while the store is asked.
-    let (opened, vmm) = thread::scope(|scope| {
-        let vmm = scope.spawn(|| vmm(&args, scratch.path()));
-        let opened = open(&args, context);
-        timeline.mark("open");
-        let vmm = vmm.join().unwrap_or_else(|_| Err(Failure::new("bug", "starting Firecracker panicked")));
-        (opened, vmm)
-    });
-    let ((snapshot, source, state), vmm) = (opened?, vmm?);
-    timeline.mark("spawn");
-
-    let socket = scratch.path().join("uffd.sock");
-    let (session, incoming) = load(&args, &vmm, &socket, &state, source, &mut timeline)?;
-    remember(&args, &snapshot, &session);
-    if let Err(error) = vmm.api.resume() {
-        give_up(session.process());
-        return Err(because(&session, &error));
-    }
-    session.restore().mark("resumed");
-    timeline.mark("resume");
-    timeline.add_restore(&session);
-
-    let document = Document {
-        name: args.name.to_string(),
-        snapshot: snapshot.reference().snapshot.to_string(),
-        pid: session.process().peer().pid,
-        api_socket: vmm.api_socket.clone(),
-        resumed_us: micros(timeline.begun.elapsed()),
-        phases: timeline.phases.clone(),
-    };
-    context.print(&document, |out| print_text(out, &document))?;
-    // Ending it takes a moment, which the guest should not wait for.
-    drop(incoming);
+    let woken = wake(&args, scratch.path(), ConsoleInput::Inherited, || context.open_store())?;
+    context.print(&woken.document, |out| print_text(out, &woken.document))?;
+    drop(woken.incoming);
     // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
-    let report = outlive(session)?;
-    drop(vmm);
+    let report = outlive(woken.session)?;
+    drop(woken.started);
+    if let (Some(path), Some(record)) = (&args.record, &report.record) {
+        record.write(path).map_err(|e| Failure::file("writing", path, &e))?;
+    }
     let written = args.report.as_ref().map(|path| (path, serde_json::to_vec_pretty(&report)));
     if let Some((path, Ok(bytes))) = written {
         std::fs::write(path, bytes).map_err(|e| Failure::file("writing", path, &e))?;
@@ -179,15 +171,56 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
     }
 }
 
-/// The snapshot, its memory and its device state.
-fn open(args: &ResumeArgs, context: &Context) -> Result<(Snapshot, Arc<dyn PageSource>, MemFile), Failure> {
-    let snapshot = context.open_store()?.open_snapshot(&args.name)?;
-    let source = memory_of(&snapshot)?;
-    let state = MemFile::holding("dormouse-vmstate", &snapshot.read_blob(VMSTATE)?);
-    Ok((snapshot, source, state.map_err(|e| Failure::new("memory", e.to_string()))?))
+/// Wakes a VM. Sockets are made in `scratch`; a Firecracker that is started has its serial input from `input`.
+pub(crate) fn wake(
+    args: &ResumeArgs,
+    scratch: &Path,
+    input: ConsoleInput,
+    open_store: impl FnOnce() -> Result<Store, Failure>,
+) -> Result<Woken, Failure> {
+    let mut timeline = Timeline { begun: Instant::now(), phases: Vec::new() };
+    // Firecracker starts while the store is asked.
+    let (opened, vmm) = thread::scope(|scope| {
+        let vmm = scope.spawn(|| vmm(args, scratch, input));
+        let opened = open_store().and_then(|store| open(args, &store));
+        timeline.mark("open");
+        let vmm = vmm.join().unwrap_or_else(|_| Err(Failure::new("bug", "starting Firecracker panicked")));
+        (opened, vmm)
+    });
+    let ((opened, state), vmm) = (opened?, vmm?);
+    timeline.mark("spawn");
+
+    let socket = scratch.join("uffd.sock");
+    let (session, incoming) = load(args, &vmm, &socket, &state, &opened, &mut timeline)?;
+    remember(args, opened.snapshot(), &session);
+    if let Err(error) = vmm.api.resume() {
+        give_up(session.process());
+        return Err(because(&session, &error));
+    }
+    session.restore().mark("resumed");
+    timeline.mark("resume");
+    timeline.add_restore(&session);
+
+    let document = Document {
+        name: args.name.to_string(),
+        snapshot: opened.snapshot().reference().snapshot.to_string(),
+        pid: session.process().peer().pid,
+        api_socket: vmm.api_socket,
+        stream_pages: opened.stream().map(|s| s.head().pages()),
+        resumed_us: micros(timeline.begun.elapsed()),
+        phases: timeline.phases,
+    };
+    Ok(Woken { document, session, started: vmm.started, incoming })
 }
 
-fn vmm(args: &ResumeArgs, scratch: &Path) -> Result<Vmm, Failure> {
+/// The snapshot and its device state.
+fn open(args: &ResumeArgs, store: &Store) -> Result<(Opened, MemFile), Failure> {
+    let opened = args.serving.open(store, &args.name, false)?;
+    let state = MemFile::holding("dormouse-vmstate", &opened.state(VMSTATE)?);
+    Ok((opened, state.map_err(|e| Failure::new("memory", e.to_string()))?))
+}
+
+fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput) -> Result<Vmm, Failure> {
     let api_socket = args.api_socket.clone().unwrap_or_else(|| scratch.join("api.sock"));
     let started = match &args.firecracker {
         None => None,
@@ -196,13 +229,13 @@ fn vmm(args: &ResumeArgs, scratch: &Path) -> Result<Vmm, Failure> {
                 binary: binary.clone(),
                 api_socket: api_socket.clone(),
                 console: args.console.clone().unwrap_or_else(|| "/dev/null".into()),
-                input: ConsoleInput::Inherited,
+                input,
                 log: None,
             };
             Some(Firecracker::spawn(&options, START_PATIENCE).map_err(|e| vmm_failure(&e))?)
         }
     };
-    Ok(Vmm { api: ApiClient::new(&api_socket, API_PATIENCE), api_socket, _started: started })
+    Ok(Vmm { api: ApiClient::new(&api_socket, API_PATIENCE), api_socket, started })
 }
 
 /// Loads the device state into `vmm` while its memory is served. Firecracker reads guest memory on the way.
@@ -211,7 +244,7 @@ fn load(
     vmm: &Vmm,
     socket: &Path,
     state: &MemFile,
-    source: Arc<dyn PageSource>,
+    opened: &Opened,
     timeline: &mut Timeline,
 ) -> Result<(Session, Incoming), Failure> {
     let listener = HandshakeListener::bind(socket).map_err(|e| listen_failure(&e))?;
@@ -223,7 +256,7 @@ fn load(
         let session =
             wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
                 timeline.mark("handshake");
-                Session::start(handshake, source, args.serving.options())
+                Session::wake(handshake, opened, args.serving.options(), noted())
                     .map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
             });
         if session.is_err() {
@@ -306,7 +339,7 @@ fn remember(args: &ResumeArgs, snapshot: &Snapshot, session: &Session) {
     }
 }
 
-fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
+pub(crate) fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
     writeln!(out, "{} runs in Firecracker, process {}", d.name, d.pid)?;
     writeln!(out, "  API at {}", d.api_socket.display())?;
     d.phases.iter().try_for_each(|p| writeln!(out, "  {:<20} {:>9.1} ms", p.name, p.at_us as f64 / 1e3))

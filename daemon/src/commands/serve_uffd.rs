@@ -9,21 +9,23 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use dormouse_chunkstore::Snapshot;
+use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::{ImageKind, Name};
 use dormouse_restore::{PageSource, Retry, StoredImage};
 use dormouse_vmm_glue::{
     firecracker::{
         HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
-        SessionReport,
+        SessionReport, tracking::Tracking,
     },
     keeper::{Keeper, KeptSnapshot},
+    opened::Opened,
 };
 use serde::Serialize;
 
 use super::{
     import::MEMORY,
     keeping::{KeepArgs, TakenUp, let_go, take_up},
+    standby::tracking,
 };
 use crate::{
     cli::values,
@@ -67,20 +69,28 @@ pub(crate) struct ServeUffdArgs {
 pub(crate) struct ServingArgs {
     /// What to do when a page a VM waits for cannot be had correctly
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
-    policy: PolicyName,
+    pub(crate) policy: PolicyName,
 
     /// How long to try again before that
     #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = values::duration)]
-    give_up_after: Duration,
+    pub(crate) give_up_after: Duration,
 
     /// Fetch only pages the guest touches
     #[arg(long)]
-    no_prefetch: bool,
+    pub(crate) no_prefetch: bool,
+
+    /// Record for this long which pages the guest touches first; 0s for not at all
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = values::duration)]
+    pub(crate) record_window: Duration,
+
+    /// Every page faults by itself, for an exact record
+    #[arg(skip)]
+    pub(crate) page_by_page: bool,
 }
 
 /// [`OnFailure`] on the command line.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum PolicyName {
+pub(crate) enum PolicyName {
     /// Kill the VM
     #[default]
     Kill,
@@ -97,7 +107,19 @@ impl ServingArgs {
             },
             retry: retry_for(self.give_up_after),
             prefetch: !self.no_prefetch,
+            record_window: self.record_window,
+            page_by_page: self.page_by_page,
         }
+    }
+
+    /// Opens the snapshot to be served, and begins to decode its first pages if they are to be installed ahead. With
+    /// `keep` they stay in memory for any number of VMs.
+    pub(crate) fn open(&self, store: &Store, name: &Name, keep: bool) -> Result<Opened, Failure> {
+        let opened = Opened::open(store, name)?;
+        if !self.no_prefetch {
+            opened.decode_ahead(keep).map_err(|e| Failure::new("threads", e.to_string()))?;
+        }
+        Ok(opened)
     }
 }
 
@@ -125,8 +147,7 @@ struct Document {
 /// What a VM of this server is woken from, and with whom it is kept.
 struct Service<'a> {
     args: &'a ServeUffdArgs,
-    snapshot: Snapshot,
-    source: Arc<dyn PageSource>,
+    opened: Opened,
     keeper: Option<Arc<dyn Keeper>>,
 }
 
@@ -148,8 +169,12 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
         let TakenUp { session, snapshot } = taken_up.swap_remove(0);
         return finish(&snapshot, args.until_end(session)?);
     }
-    let snapshot = store.open_snapshot(&args.name)?;
-    let service = Service { args, source: memory_of(&snapshot)?, snapshot, keeper };
+    let opened = args.serving.open(&store, &args.name, !args.once)?;
+    let snapshot = opened.snapshot().clone();
+    // Only a hint for `show` and `ls`.
+    let hot = noted().filter(|_| opened.is_hot());
+    let _hot = hot.map(|tracking| tracking.mark_hot(&snapshot.reference().snapshot.to_string()));
+    let service = Service { args, opened, keeper };
     let listener = HandshakeListener::bind(&args.socket).map_err(|e| listen_failure(&e))?;
     let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
     tracing::info!(socket = %args.socket.display(), "waiting for Firecracker");
@@ -157,7 +182,7 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
         let session = service.next_session(&incoming);
         // Whoever else comes finds nobody here.
         drop(incoming);
-        return finish(&service.snapshot, args.until_end(session)?);
+        return finish(&snapshot, args.until_end(session)?);
     }
     let (ended, reports) = mpsc::channel::<Result<(Snapshot, SessionReport), Failure>>();
     std::thread::scope(|scope| {
@@ -179,7 +204,7 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
             serve(session, snapshot);
         }
         loop {
-            serve(service.next_session(&incoming), service.snapshot.clone());
+            serve(service.next_session(&incoming), snapshot.clone());
         }
     })
 }
@@ -210,15 +235,15 @@ impl Service<'_> {
             };
             let options = self.args.serving.options();
             let session = match &self.keeper {
-                None => Session::start(handshake, self.source.clone(), options),
+                None => Session::wake(handshake, &self.opened, options, noted()),
                 Some(keeper) => {
                     let keep = KeepWith {
                         keeper: keeper.clone(),
-                        snapshot: KeptSnapshot::of(&self.snapshot),
+                        snapshot: KeptSnapshot::of(self.opened.snapshot()),
                         api_socket: None,
                         notes: BTreeMap::new(),
                     };
-                    Session::start_kept(handshake, self.source.clone(), options, keep)
+                    Session::wake_kept(handshake, &self.opened, options, noted(), keep)
                 }
             };
             match session {
@@ -230,6 +255,11 @@ impl Service<'_> {
             }
         }
     }
+}
+
+/// Where what VMs touch first is noted for their next standby.
+pub(crate) fn noted() -> Option<Tracking> {
+    tracking().inspect_err(|why| tracing::warn!(%why, "the next standby will not know what was touched")).ok()
 }
 
 /// Tells why a VM is not served, and ends it, as it would wait for ever.
@@ -276,12 +306,19 @@ pub(crate) fn print_report(out: &mut dyn Write, vm: &SessionReport) -> io::Resul
         ("pages copied", c.pages_copied),
         ("zero pages", c.zero_pages),
         ("prefetched", c.prefetched_pages),
+        ("  by the stream", c.streamed_pages),
         ("frames fetched", c.fetches),
         ("retries", c.retries),
         ("given back", c.removes),
         ("poisoned", c.poisoned),
     ] {
         writeln!(out, "  {what:<15} {count:>10}")?;
+    }
+    if let Some(measured) = &vm.working_set {
+        let percent = |share: Option<f64>| share.map_or("-".into(), |s| format!("{:.1} %", s * 100.0));
+        let (coverage, overfetch) = (percent(measured.coverage), percent(measured.overfetch));
+        let samples = measured.counted.samples();
+        writeln!(out, "  stream covered {coverage}, in vain {overfetch} ({samples} samples)")?;
     }
     if let Some(why) = &vm.killed_because {
         writeln!(out, "  killed because: {why}")?;

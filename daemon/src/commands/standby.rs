@@ -1,6 +1,7 @@
 //! `dormouse standby firecracker NAME`: a running VM goes into the store, and out of this host.
 
 use std::{
+    borrow::Cow,
     io::{self, Write},
     os::unix::net::UnixStream,
     path::PathBuf,
@@ -9,17 +10,22 @@ use std::{
 
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{
-    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, Store,
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, Progress, Store,
+    StreamReport,
 };
 use dormouse_core::{ImageId, ImageKind, Name};
-use dormouse_vmm_glue::firecracker::{
-    ApiClient, VmmProcess,
-    api::SnapshotKind,
-    capture::{self, Capture},
-    memfile,
-    tracking::{Base, Tracking},
+use dormouse_vmm_glue::{
+    firecracker::{
+        ApiClient, VmmProcess,
+        api::SnapshotKind,
+        capture::{self, Capture},
+        memfile,
+        tracking::{Base, Tracking},
+    },
+    opened::build_predicted_stream,
+    records::Record,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::import::{MEMORY, distinct};
 use crate::{
@@ -47,48 +53,49 @@ pub(crate) enum StandbyCommand {
 pub(crate) struct StandbyArgs {
     /// What the snapshot will be called
     #[arg(value_parser = context::name)]
-    name: Name,
+    pub(crate) name: Name,
 
     /// The API socket of the running Firecracker
     #[arg(long, value_name = "PATH")]
-    api_socket: PathBuf,
+    pub(crate) api_socket: PathBuf,
 
     /// The snapshot the VM was woken from, or was last captured as [default: the one this host remembers]
     #[arg(long, value_name = "NAME", value_parser = context::name)]
-    parent: Option<Name>,
+    pub(crate) parent: Option<Name>,
 
     /// Store this drive's file as well, while the guest stands still; may be given again
     #[arg(long, value_name = "ID=FILE", conflicts_with = "keep_running")]
-    disk: Vec<Part>,
+    pub(crate) disk: Vec<Part>,
 
     /// Let the guest go on as soon as its snapshot is in this host's memory, and do not end it
     #[arg(long)]
-    keep_running: bool,
+    pub(crate) keep_running: bool,
 
     /// Capture all memory, even where only what changed would do
     #[arg(long)]
-    full: bool,
+    pub(crate) full: bool,
 
     /// Give the name to this snapshot even if another one has it
     #[arg(long)]
-    replace: bool,
+    pub(crate) replace: bool,
 
     /// How hard to compress: 1 (fast) to 19 (dense)
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(1..=19))]
-    level: i32,
+    pub(crate) level: i32,
 }
 
-#[derive(Debug, Serialize)]
-struct Document {
+/// What `standby` says of itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Document {
     name: String,
     snapshot: String,
     parent: Option<String>,
     /// "full" or "diff".
-    kind: &'static str,
+    kind: Cow<'static, str>,
     /// Why all memory was captured.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    full_because: Option<&'static str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    full_because: Option<Cow<'static, str>>,
     pid: i32,
     ended: bool,
     /// How long the guest stood still, or had to before it could have gone on.
@@ -101,10 +108,13 @@ struct Document {
     /// Bytes of memory captured.
     captured_bytes: u64,
     import: ImportReport,
+    /// The resume stream, made from what the guest touched and wrote in this session; none if that is not known.
+    #[serde(default)]
+    stream: Option<StreamReport>,
 }
 
 /// Each of these follows the one before.
-#[derive(Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Phases {
     check_us: u64,
     pause_us: u64,
@@ -112,6 +122,8 @@ struct Phases {
     resume_us: u64,
     import_us: u64,
     end_us: u64,
+    #[serde(default)]
+    stream_us: u64,
 }
 
 /// What is captured, and over which parent it is stored.
@@ -123,6 +135,17 @@ struct Choice {
 
 pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
     let StandbyCommand::Firecracker(args) = command;
+    let document = perform(args, || context.open_store(), &context.progress("storing"))?;
+    context.print(&document, |out| print_text(out, &document))?;
+    Ok(Status::Done)
+}
+
+/// Puts a VM on standby: checks, captures, stores, ends.
+pub(crate) fn perform(
+    args: &StandbyArgs,
+    open_store: impl FnOnce() -> Result<Store, Failure>,
+    progress: &dyn Progress,
+) -> Result<Document, Failure> {
     let begun = Instant::now();
     distinct("--disk", args.disk.iter().map(|d| &d.id))?;
     if let Some(disk) = args.disk.iter().find(|d| !d.file.exists()) {
@@ -131,10 +154,12 @@ pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status,
     let api = ApiClient::new(&args.api_socket, API_PATIENCE);
     let process = process_at(&args.api_socket)?;
     let tracking = tracking()?;
-    let store = context.open_store()?;
+    let store = open_store()?;
     let choice = choose(args, &api, &process, &tracking, &store)?;
     let check_us = micros(begun.elapsed());
 
+    // Before the capture, for which Firecracker touches pages of its own accord.
+    let session = tracking.session_of(&process);
     // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
     tracking.forget(&process).map_err(|e| Failure::new("tracking", e.to_string()))?;
     let captured = capture::capture(&api, choice.kind, args.keep_running).map_err(|e| vmm_failure(&e))?;
@@ -143,7 +168,7 @@ pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status,
 
     let importing = Instant::now();
     let request = request(args, &choice, &captured)?;
-    let report = store.import(&request, &context.progress("storing"));
+    let report = store.import(&request, progress);
     let report = report.map_err(|error| give_back(args, &api, &captured, error.into()))?;
     let (import_us, durable_us) = (micros(importing.elapsed()), micros(begun.elapsed()));
     tracing::info!(durable_us, "durable in the store");
@@ -157,13 +182,15 @@ pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status,
     } else {
         end(&process)?;
     }
+    let (end_us, streaming) = (micros(ending.elapsed()), Instant::now());
+    let stream = predicted_stream(&store, &args.name, session.as_ref(), &captured);
     let times = captured.times;
-    let document = Document {
+    Ok(Document {
         name: args.name.to_string(),
         snapshot: report.snapshot.clone(),
         parent: choice.parent.map(|p| p.to_string()),
-        kind: if choice.kind == SnapshotKind::Full { "full" } else { "diff" },
-        full_because: choice.full_because,
+        kind: if choice.kind == SnapshotKind::Full { "full" } else { "diff" }.into(),
+        full_because: choice.full_because.map(Cow::from),
         pid: process.peer().pid,
         ended: !args.keep_running,
         pause_us: micros(times.paused),
@@ -175,13 +202,13 @@ pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status,
             snapshot_us: micros(times.snapshot),
             resume_us: micros(times.resume),
             import_us,
-            end_us: micros(ending.elapsed()),
+            end_us,
+            stream_us: micros(streaming.elapsed()),
         },
         captured_bytes: captured.memory.stored_bytes().map_err(|e| Failure::new("memory", e.to_string()))?,
         import: report,
-    };
-    context.print(&document, |out| print_text(out, &document))?;
-    Ok(Status::Done)
+        stream,
+    })
 }
 
 /// The Firecracker that listens at `socket`.
@@ -270,6 +297,24 @@ fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<Im
     })
 }
 
+/// Stores the new snapshot's resume stream. The snapshot is durable and whole without it, so nothing here fails.
+fn predicted_stream(
+    store: &Store,
+    name: &Name,
+    session: Option<&Record>,
+    captured: &Capture,
+) -> Option<StreamReport> {
+    let dirtied = match captured.kind {
+        SnapshotKind::Diff => captured.memory.written_pages().unwrap_or_default(),
+        SnapshotKind::Full => Vec::new(),
+    };
+    let built = build_predicted_stream(store, name, session.map(|r| &r.session), &dirtied);
+    built.unwrap_or_else(|why| {
+        tracing::warn!(%why, "the snapshot is durable, but has no resume stream: it wakes more slowly");
+        None
+    })
+}
+
 /// The store did not take the snapshot: the VM goes on as if nothing had happened.
 fn give_back(args: &StandbyArgs, api: &ApiClient, captured: &Capture, failure: Failure) -> Failure {
     let state = if args.keep_running || !captured.was_running {
@@ -307,13 +352,17 @@ pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
+pub(crate) fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
     let ms = |us: u64| us as f64 / 1e3;
     writeln!(out, "{} is on standby ({} capture of {})", d.name, d.kind, human::bytes(d.captured_bytes))?;
     writeln!(out, "  guest paused  {:>9.1} ms", ms(d.pause_us))?;
     writeln!(out, "  resumable     {:>9.1} ms", ms(d.resumable_us))?;
     writeln!(out, "  durable       {:>9.1} ms", ms(d.durable_us))?;
     writeln!(out, "  stored        {:>9}", human::bytes(d.import.stored_bytes))?;
+    if let Some(stream) = &d.stream {
+        let (pages, bytes) = (human::bytes(stream.raw_bytes), human::bytes(stream.stored_bytes));
+        writeln!(out, "  stream        {pages:>9} in {bytes}")?;
+    }
     let vm = if d.ended { "has ended" } else { "runs on" };
     writeln!(out, "  Firecracker ({}) {vm}", d.pid)
 }

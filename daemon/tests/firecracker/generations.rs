@@ -11,15 +11,15 @@ use crate::scene::{Console, MEMORY_MIB, PAGES, Running, Scene, scene, wait_until
 const GENERATIONS: usize = 10;
 
 /// A VM that `dormouse resume` woke.
-struct Awake {
+pub(crate) struct Awake {
     dormouse: Option<Running>,
-    console: Console,
-    document: Value,
+    pub(crate) console: Console,
+    pub(crate) document: Value,
     report: PathBuf,
 }
 
 /// Wakes `name` on a host that has never seen it.
-fn wake(scene: &Scene, name: &str, host: &str, more: &[&str]) -> Awake {
+pub(crate) fn wake(scene: &Scene, name: &str, host: &str, more: &[&str]) -> Awake {
     let (console, report) = (scene.text(&format!("{host}.console")), scene.path(&format!("{host}.report")));
     let socket = scene.text(&format!("{host}.api"));
     let arguments = ["resume", "firecracker", name, "--firecracker", scene.binary(), "--api-socket", &socket];
@@ -43,7 +43,7 @@ fn wake(scene: &Scene, name: &str, host: &str, more: &[&str]) -> Awake {
     }
 }
 
-fn standby(scene: &Scene, host: &str, socket: &Path, name: &str, more: &[&str]) -> Value {
+pub(crate) fn standby(scene: &Scene, host: &str, socket: &Path, name: &str, more: &[&str]) -> Value {
     let arguments = ["standby", "firecracker", "--api-socket", socket.to_str().unwrap(), name];
     scene.done(host, &[&arguments[..], more].concat())
 }
@@ -106,7 +106,7 @@ fn ten_generations_lose_nothing() {
         assert!((rewritten..rewritten + 96 * 4096).contains(&captured), "{captured} for {rewritten}");
         awake.done();
         awake.console.assert_no_wrong_page();
-        let report: Value = serde_json::from_slice(&std::fs::read(&awake.report).unwrap()).unwrap();
+        let report = awake.report();
         assert_eq!(report["failures"], Value::Array(vec![]), "{report}");
         memories.push(memory(&scene, &now));
     }
@@ -132,17 +132,22 @@ impl Awake {
     }
 
     /// Waits for the end of `dormouse`, whose VM has ended.
-    fn done(&mut self) {
+    pub(crate) fn done(&mut self) {
         self.dormouse.take().unwrap().done();
     }
 
     /// Ends the VM, and `dormouse` with it.
-    fn end(mut self) {
+    pub(crate) fn end(mut self) {
         self.kill_vm();
         self.done();
     }
 
-    fn kill_vm(&self) {
+    /// What was served, once it is done.
+    pub(crate) fn report(&self) -> Value {
+        serde_json::from_slice(&std::fs::read(&self.report).unwrap()).unwrap()
+    }
+
+    pub(crate) fn kill_vm(&self) {
         let pid = self.document["pid"].as_u64().unwrap().to_string();
         assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
     }

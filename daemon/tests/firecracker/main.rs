@@ -8,3 +8,4 @@ mod generations;
 mod scene;
 mod serve_uffd;
 mod slow_store;
+mod working_set;

@@ -44,7 +44,7 @@ fn frames(scene: &Scene) -> usize {
     frames.len()
 }
 
-fn count(document: &Value, counter: &str) -> u64 {
+pub(crate) fn count(document: &Value, counter: &str) -> u64 {
     document["counters"][counter].as_u64().unwrap_or_else(|| panic!("no {counter} in {document}"))
 }
 

@@ -4,12 +4,13 @@ use dormouse_chunkstore::{
     BlobBytes, BlobSource, Dirty, ImageSource, ImportReport, ImportRequest, NoProgress, Store, StoreError,
 };
 use dormouse_core::{FormatError, ImageId, ImageKind, Name};
-use dormouse_restore::PageRun;
+use dormouse_restore::{PageRun, SessionRecord};
 use vm_memory::GuestMemoryMmap;
 
 use super::memory::{ImageFile, image_ranges};
 use super::{MEMORY_ID, WORKING_SET_ID, working_set};
 use crate::guest::DirtyRun;
+use crate::opened::build_predicted_stream;
 
 /// A machine about to go on standby. Its vCPUs must be paused until [`Sleep::store`] has returned.
 #[derive(Clone, Debug)]
@@ -68,8 +69,8 @@ impl Sleep {
         self
     }
 
-    /// What the machine touched in this session, in order (see [`super::touched_runs`]): it comes first when
-    /// the machine is woken.
+    /// What the machine touched in this session, in order (see [`super::Woken::working_set`]): it comes first when
+    /// the machine is woken. Together with the pages that are dirty it also becomes the resume stream.
     pub fn working_set(mut self, runs: Vec<PageRun>) -> Self {
         self.working_set = runs;
         self
@@ -84,13 +85,13 @@ impl Sleep {
     /// # Errors
     /// [`SleepError`]; nothing then refers to what was stored.
     pub fn store(mut self, store: &Store, memory: &GuestMemoryMmap) -> Result<ImportReport, SleepError> {
-        let dirty = self.dirty.as_deref().map(|runs| image_ranges(memory, runs)).transpose()?;
-        let image = ImageFile::of(memory, dirty.as_deref())?;
+        let dirty_pages = self.dirty.as_deref().map(|runs| image_ranges(memory, runs)).transpose()?;
+        let image = ImageFile::of(memory, dirty_pages.as_deref())?;
         self.request.images.push(ImageSource {
             id: ImageId::new(MEMORY_ID)?,
             kind: ImageKind::Memory,
             path: image.path(),
-            dirty: dirty.map(Dirty::Ranges),
+            dirty: dirty_pages.clone().map(Dirty::Ranges),
         });
         if !self.working_set.is_empty() {
             self.request.blobs.push(BlobSource {
@@ -98,6 +99,16 @@ impl Sleep {
                 bytes: BlobBytes::Memory(working_set::encode(&self.working_set)),
             });
         }
-        Ok(store.import(&self.request, &NoProgress)?)
+        let report = store.import(&self.request, &NoProgress)?;
+        if !self.working_set.is_empty() {
+            let dirtied = dirty_pages.as_deref().unwrap_or_default();
+            let missed = self.working_set.iter().map(|run| (run.first.0, run.pages)).collect();
+            let session = SessionRecord { missed, ..Default::default() };
+            // The machine is durable, and wakes without it.
+            if let Err(why) = build_predicted_stream(store, &self.request.name, Some(&session), dirtied) {
+                tracing::warn!(%why, "the machine has no resume stream: it wakes more slowly");
+            }
+        }
+        Ok(report)
     }
 }

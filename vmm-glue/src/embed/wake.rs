@@ -1,22 +1,22 @@
 //! Waking a machine: memory that is filled as it is touched.
 
 use std::io;
+use std::time::Duration;
 
-use dormouse_chunkstore::{Resume, ResumeStream, Snapshot, StoreError};
+use dormouse_chunkstore::{Resume, Snapshot, StoreError};
 use dormouse_core::{ImageKind, PageCount, PageIndex};
 use dormouse_restore::{
-    Memory, PageRun, PageSize, PageSource as _, Plan, PlanError, Policy, RegionSpec, Restore, RestoreError,
-    RestoreHandle, SourceError, StoredImage, StreamFill, Uffd, UffdError, UffdOptions, VmStopped,
+    Memory, PageRun, PageSize, Plan, PlanError, Policy, Recording, RegionSpec, Restore, RestoreError,
+    RestoreHandle, SessionRecord, SourceError, Uffd, UffdError, UffdOptions, VmStopped,
+    WORKING_SET_PAGES_MAX, predict,
 };
-use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::MEMORY_ID;
-use super::working_set::{stored_working_set, touched_runs};
+use super::working_set::stored_working_set;
+use crate::opened::{Opened, Waking};
+use crate::records::{Record, Records};
 use crate::sys::guest_mapping::GuestMapping;
-
-/// Threads that decode a resume stream.
-const STREAM_WORKERS: usize = 2;
 
 /// What is brought in before the guest asks for it. Faults always come first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,11 +46,15 @@ pub struct Wake {
     /// Whether KVM runs the guest, whose faults are then taken inside the kernel. Without it, less privilege
     /// will do.
     pub kvm: bool,
+    /// Whether a few pages, chosen by chance, are left out of the resume stream, so that their faults measure how good it
+    /// is. Each costs the guest one fault on a page that is at hand.
+    pub sample: bool,
 }
 
 impl Default for Wake {
     fn default() -> Self {
-        Self { prefetch: Prefetch::default(), policy: Policy::default(), balloon: false, kvm: true }
+        let (prefetch, policy) = (Prefetch::default(), Policy::default());
+        Self { prefetch, policy, balloon: false, kvm: true, sample: true }
     }
 }
 
@@ -92,7 +96,11 @@ pub enum WakeError {
 pub struct Woken {
     // Before the mapping: `end` stops it first.
     restore: RestoreHandle,
-    image: StoredImage,
+    opened: Opened,
+    recording: Recording,
+    /// Whether no background fill hides first touches, and for how long they are recorded.
+    complete: bool,
+    window: Duration,
     mapping: GuestMapping,
 }
 
@@ -107,18 +115,31 @@ impl Woken {
         &self.restore
     }
 
-    /// What the machine touched so far, to be given to [`super::Sleep::working_set`]: what faulted, after what
-    /// had been prefetched as its working set.
+    /// What the machine needs first as far as it is known now, to be given to [`super::Sleep::working_set`]: what
+    /// faulted, then what its resume stream brought, but for what is known not to have been needed.
     ///
     /// # Errors
     /// The store's, should a page map be read anew.
     pub fn working_set(&self) -> Result<Vec<PageRun>, SourceError> {
-        touched_runs(&self.restore, &self.image)
+        let runs = predict(Some(&self.session()?), &[], WORKING_SET_PAGES_MAX);
+        Ok(runs.into_iter().map(|r| PageRun { first: PageIndex(r.start), pages: r.end - r.start }).collect())
     }
 
-    /// Ends the restore of a machine that will not run again, and lets go of its memory once the VMM has too.
+    /// What was seen of first touches so far, and what that says of the resume stream.
+    ///
+    /// # Errors
+    /// The store's, should a page map be read anew.
+    pub fn session(&self) -> Result<SessionRecord, SourceError> {
+        self.recording.so_far(&self.restore)
+    }
+
+    /// Ends the restore of a machine that will not run again, and lets go of its memory once the VMM has too. What was
+    /// seen of its working set is kept beside the store's caches.
     pub fn end(self, stopped: VmStopped) -> dormouse_restore::CountersSnapshot {
-        let Self { restore, image: _, mapping } = self;
+        if let (Some(records), Ok(session)) = (Records::of(self.opened.snapshot().store()), self.session()) {
+            records.keep(&Record::new(self.opened.snapshot(), self.window, self.complete, session));
+        }
+        let Self { restore, mapping, .. } = self;
         let counters = restore.stop(stopped);
         drop(mapping);
         counters
@@ -133,7 +154,7 @@ impl Woken {
 /// # Errors
 /// [`WakeError`]. Where userfaultfd is not permitted, the message says how to permit it.
 pub fn wake(snapshot: &Snapshot, regions: &[(GuestAddress, usize)], wake: Wake) -> Result<Woken, WakeError> {
-    wake_with(snapshot, None, regions, wake)
+    wake_resume(Resume { snapshot: snapshot.clone(), stream: None }, regions, wake)
 }
 
 /// As [`wake()`], from a snapshot opened by [`dormouse_chunkstore::Store::open_resume`]: if it has a resume
@@ -146,62 +167,55 @@ pub fn wake_resume(
     regions: &[(GuestAddress, usize)],
     wake: Wake,
 ) -> Result<Woken, WakeError> {
-    wake_with(&resume.snapshot, resume.stream, regions, wake)
-}
-
-fn wake_with(
-    snapshot: &Snapshot,
-    stream: Option<ResumeStream>,
-    regions: &[(GuestAddress, usize)],
-    wake: Wake,
-) -> Result<Woken, WakeError> {
-    let image = StoredImage::new(snapshot.image(ImageKind::Memory, MEMORY_ID)?);
-    let specs = specs(regions);
+    let opened = Opened::of(resume)?;
+    let has = opened.image().page_count().0 * PageSize::Small.bytes();
     let given = regions.iter().map(|(_, bytes)| *bytes as u64).sum();
-    let has = image.page_count().0 * PageSize::Small.bytes();
     if has != given {
         return Err(WakeError::Size { image: has, given });
     }
-    let plan = Plan::new(Arc::new(image.clone()), &specs)?;
+    let streams = matches!(wake.prefetch, Prefetch::WorkingSet | Prefetch::Everything);
+    // Where everything is filled, pages left out come soon after, and say nothing.
+    let sample = wake.sample && wake.prefetch != Prefetch::Everything;
+    let Waking { source, first, recording } = opened.waking(streams, sample, PageSize::Small)?;
+    let plan = Plan::new(source, &specs(regions))?;
     let mapping = GuestMapping::new(regions).map_err(WakeError::Map)?;
     let uffd = Uffd::create(UffdOptions { remove_events: wake.balloon, kernel_faults: wake.kvm })?;
     let memory = Memory::own(uffd, &mapping.mappings())?;
+    let window = wake.policy.record_window;
     let restore = Restore::start(plan, memory, wake.policy)?;
-    match wake.prefetch {
-        Prefetch::Nothing => {}
-        Prefetch::Runs(runs) => restore.prefetch(runs),
-        Prefetch::WorkingSet => {
-            if !first_touched(&restore, snapshot, stream)? {
-                restore.fill_all();
-            }
-        }
-        Prefetch::Everything => {
-            first_touched(&restore, snapshot, stream)?;
-            restore.fill_all();
-        }
+    let streamed = first.is_some();
+    if let Some((first, source)) = first {
+        // It goes on by itself; what it does not bring faults.
+        first.install(&restore, &source)?;
     }
-    Ok(Woken { restore, image, mapping })
+    let known = || streamed || known_first(&restore, opened.snapshot());
+    let fills = match wake.prefetch {
+        Prefetch::Nothing => false,
+        Prefetch::Runs(runs) => {
+            restore.prefetch(runs);
+            false
+        }
+        Prefetch::WorkingSet => !known(),
+        Prefetch::Everything => {
+            known();
+            true
+        }
+    };
+    if fills {
+        restore.fill_all();
+    }
+    Ok(Woken { restore, opened, recording, complete: !fills, window, mapping })
 }
 
-/// Begins to bring in what the machine is known to touch first; whether that is known.
-fn first_touched(
-    restore: &RestoreHandle,
-    snapshot: &Snapshot,
-    stream: Option<ResumeStream>,
-) -> Result<bool, WakeError> {
-    let index = memory_index(snapshot);
-    if let (Some(stream), Some(index)) = (stream, index) {
-        // It goes on by itself; what it does not bring faults.
-        StreamFill::start(restore, Arc::new(stream), index, STREAM_WORKERS)?;
-        return Ok(true);
-    }
+/// Begins to bring in the working set stored with the snapshot; whether there is one.
+fn known_first(restore: &RestoreHandle, snapshot: &Snapshot) -> bool {
     let runs = stored_working_set(snapshot).unwrap_or_else(|error| {
         tracing::warn!(%error, "no working set");
         None
     });
     let known = runs.is_some();
     restore.prefetch(runs.into_iter().flatten());
-    Ok(known)
+    known
 }
 
 /// The place of the machine's memory among the snapshot's images.

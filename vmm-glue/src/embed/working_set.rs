@@ -11,11 +11,9 @@
 //!     16     12  each: first image page u64, pages u32
 //! ```
 
-use std::collections::HashSet;
-
 use dormouse_chunkstore::{Snapshot, StoreError, StreamReport, TouchedRun};
 use dormouse_core::PageIndex;
-use dormouse_restore::{Content, Extent, PageRun, PageSource, RestoreHandle, SourceError, StoredImage};
+use dormouse_restore::PageRun;
 
 /// What the blob is called.
 pub const WORKING_SET_ID: &str = "dormouse-working-set";
@@ -25,8 +23,6 @@ const HEADER_BYTES: usize = 16;
 const RUN_BYTES: usize = 12;
 /// Most runs read or written: 16 GiB of frames.
 const RUNS_MAX: usize = 1 << 17;
-/// Pages taken for a touch of a page that was zero.
-const ZERO_PAGES: u64 = 512;
 
 /// Why a stored working set cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -97,36 +93,6 @@ pub fn build_stream(snapshot: &Snapshot, runs: &[PageRun]) -> Result<StreamRepor
     let touched =
         |run: &PageRun| TouchedRun { image, pages: run.first.0..run.first.0.saturating_add(run.pages) };
     snapshot.store().build_stream(snapshot, &runs.iter().map(touched).collect::<Vec<_>>())
-}
-
-/// What the machine that `restore` woke from `image` touched so far, in the order of its first touches: of each
-/// page that faulted, the whole run that its fault brought in.
-///
-/// # Errors
-/// The store's, should a page map be read anew.
-pub fn touched_runs(restore: &RestoreHandle, image: &StoredImage) -> Result<Vec<PageRun>, SourceError> {
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut seen = HashSet::new();
-    for page in restore.record().pages {
-        let extent = image.locate(page)?;
-        let end = extent.first.0.saturating_add(extent.pages);
-        // A fault brings, sooner or later, all that the image shows of its frame, and then those pages do not fault.
-        let brought = match extent.content {
-            Content::Frame { frame, .. } => image.runs_of(frame).unwrap_or_else(|| vec![extent]),
-            Content::Zero => {
-                let first = extent.first.0.max(page.0 / ZERO_PAGES * ZERO_PAGES);
-                vec![Extent::zero(PageIndex(first), ZERO_PAGES.min(end - first))]
-            }
-        };
-        // What was touched first, then the rest.
-        let (own, others): (Vec<_>, Vec<_>) = brought.into_iter().partition(|run| run.first == extent.first);
-        for run in own.into_iter().chain(others).map(|e| PageRun { first: e.first, pages: e.pages }) {
-            if seen.insert(run.first) {
-                runs.push(run);
-            }
-        }
-    }
-    Ok(runs)
 }
 
 #[cfg(test)]

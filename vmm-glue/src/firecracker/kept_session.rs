@@ -10,9 +10,11 @@ use dormouse_restore::{KeptStates, Memory, PageSource, Plan};
 
 use super::handshake::{Handshake, Peer};
 use super::regions::Region;
-use super::session::{Refusal, Session, SessionError, SessionOptions};
+use super::session::{From, Refusal, Session, SessionError, SessionOptions};
+use super::tracking::Tracking;
 use super::vmm_process::VmmProcess;
 use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord};
+use crate::opened::Opened;
 
 /// How long a process that served a VM before may take to be gone.
 const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(30);
@@ -45,7 +47,22 @@ impl Session {
         options: SessionOptions,
         keep: KeepWith,
     ) -> Result<Self, Box<Refusal>> {
-        Self::begin(handshake, source, options, Keeping::With(keep))
+        Self::begin(handshake, From::Source(source), options, Keeping::With(keep))
+    }
+
+    /// As [`Session::wake`] and [`Session::start_kept`]. A process that takes the VM over does so without the stream,
+    /// and records nothing.
+    ///
+    /// # Errors
+    /// As [`Session::start_kept`].
+    pub fn wake_kept(
+        handshake: Handshake,
+        opened: &Opened,
+        options: SessionOptions,
+        tracking: Option<Tracking>,
+        keep: KeepWith,
+    ) -> Result<Self, Box<Refusal>> {
+        Self::begin(handshake, From::Opened(opened.clone(), tracking), options, Keeping::With(keep))
     }
 
     /// Goes on with a VM that another process served, and has left to `keeper`. `source` is the memory image of
@@ -75,7 +92,7 @@ impl Session {
         };
         let keeping = Keeping::Taken { keeper, id, states: kept.states, snapshot: kept.record.snapshot };
         let memory = (kept.uffd, kept.record.regions);
-        Self::start_for(memory, process.clone(), source, options, keeping).map_err(|error| {
+        Self::start_for(memory, process.clone(), From::Source(source), options, keeping).map_err(|error| {
             let process = Arc::into_inner(process);
             Box::new(Refusal { error, peer, process })
         })

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
@@ -66,6 +67,25 @@ impl MemFile {
         Ok(self.len()? == 0)
     }
 
+    /// The pages of 4 KiB that were written, ascending; others are holes.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn written_pages(&self) -> io::Result<Vec<Range<u64>>> {
+        const PAGE: u64 = 4096;
+        let (mut runs, mut at): (Vec<Range<u64>>, u64) = (Vec::new(), 0);
+        loop {
+            let start = match rustix::fs::seek(&self.file, Find::Data(at)) {
+                Ok(start) => start,
+                // No data from there on.
+                Err(rustix::io::Errno::NXIO) => return Ok(runs),
+                Err(error) => return Err(error.into()),
+            };
+            at = rustix::fs::seek(&self.file, Find::Hole(start))?;
+            runs.push(start / PAGE..at.div_ceil(PAGE));
+        }
+    }
+
     /// Memory it takes up.
     ///
     /// # Errors
@@ -113,4 +133,24 @@ fn no_huge_pages() -> bool {
     let root = PathBuf::from("/sys/kernel/mm/transparent_hugepage");
     let sizes = std::fs::read_dir(&root).into_iter().flatten().flatten().map(|e| e.path());
     harmless(root.join("shmem_enabled")) && sizes.map(|p| p.join("shmem_enabled")).all(harmless)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_pages_are_found_between_holes() {
+        if !holes_are_exact() {
+            eprintln!("SKIPPED: files in memory have no exact holes here");
+            return;
+        }
+        let file = MemFile::new("dormouse-test").expect("file");
+        assert_eq!(file.written_pages().expect("runs"), []);
+        file.file.set_len(100 * 4096).expect("length");
+        for page in [3, 4, 50] {
+            file.file.write_all_at(&[1; 4096], page * 4096).expect("write");
+        }
+        assert_eq!(file.written_pages().expect("runs"), [3..5, 50..51]);
+    }
 }

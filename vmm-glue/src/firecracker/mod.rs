@@ -19,13 +19,17 @@ pub mod regions;
 pub mod session;
 pub mod tracking;
 pub mod vmm_process;
+mod watch;
 
-pub use api::{ApiClient, ApiError};
+pub use api::{ApiClient, ApiError, SnapshotKind};
 pub use handshake::{Handshake, HandshakeError, accept_handshake};
 pub use incoming::Incoming;
 pub use kept_session::KeepWith;
 pub use listener::{HandshakeListener, ListenError};
 pub use process::{ConsoleInput, Firecracker, FirecrackerOptions, ProcessError};
 pub use regions::{PageSize, Region, RegionsError, parse_regions};
-pub use session::{OnFailure, Refusal, Session, SessionError, SessionOptions, SessionReport, StillServed};
+pub use session::{
+    OnFailure, RECORD_WINDOW, Refusal, Session, SessionError, SessionOptions, SessionReport, StillServed,
+};
 pub use vmm_process::{VmmProcess, VmmProcessError};
+pub use watch::Measured;

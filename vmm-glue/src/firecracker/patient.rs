@@ -36,4 +36,12 @@ impl PageSource for Patient {
     fn try_fetch(&self, frame: FrameToken) -> Option<DecodedFrame> {
         self.0.try_fetch(frame)
     }
+
+    fn fetch_at_hand(&self, frame: FrameToken) -> Option<DecodedFrame> {
+        self.0.fetch_at_hand(frame)
+    }
+
+    fn runs_of(&self, frame: FrameToken) -> Option<Vec<Extent>> {
+        self.0.runs_of(frame)
+    }
 }

@@ -1,23 +1,31 @@
 //! One VM served: from its handshake until its process is gone.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
-    CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageSize, PageSource, Plan,
-    PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError,
-    VmStopped,
+    CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageByPage, PageSize, PageSource,
+    Plan, PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle, Retry, TimelineReport,
+    UffdError, VmStopped, WORKING_SET_PAGES_MAX,
 };
 
 use super::handshake::{Handshake, Peer};
 use super::kept_session::{Keeping, Kept};
 use super::patient::Patient;
 use super::regions::{self, Region};
+use super::tracking::Tracking;
 use super::vmm_process::{VmmProcess, VmmProcessError};
+use super::watch::{Measured, Watch, Watching};
 use crate::keeper::{KeepError, VmId};
+use crate::opened::{Opened, Waking};
+use crate::records::Record;
+
+/// How long first touches are recorded, unless somebody says otherwise: what comes later is work, and no waking.
+pub const RECORD_WINDOW: Duration = Duration::from_secs(5);
 
 /// What is done when a page cannot be had correctly.
 ///
@@ -39,13 +47,24 @@ pub struct SessionOptions {
     pub on_failure: OnFailure,
     /// How long a fetch that fails is repeated before that.
     pub retry: Retry,
-    /// Whether pages nobody asked for yet are installed in the background.
+    /// Whether pages nobody asked for yet are installed in the background: first those of the resume stream if there
+    /// is one, then, once the working set is recorded, the rest; without a stream, all of them at once.
     pub prefetch: bool,
+    /// For how long the pages that are touched first are recorded. Zero for not at all.
+    pub record_window: Duration,
+    /// Every page faults by itself, and nothing is prefetched: slow, and the record is exact.
+    pub page_by_page: bool,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { on_failure: OnFailure::default(), retry: Retry::default(), prefetch: true }
+        Self {
+            on_failure: OnFailure::default(),
+            retry: Retry::default(),
+            prefetch: true,
+            record_window: RECORD_WINDOW,
+            page_by_page: false,
+        }
     }
 }
 
@@ -98,11 +117,13 @@ pub struct Refusal {
 /// A VM being served. Dropping it does not end that: its memory is served for as long as this process lives.
 #[derive(Debug)]
 pub struct Session {
-    handle: RestoreHandle,
+    handle: Arc<RestoreHandle>,
     process: Arc<VmmProcess>,
     killed: Arc<Mutex<Option<String>>>,
     image_bytes: u64,
     kept: Option<Kept>,
+    /// Of a VM whose first touches are recorded.
+    watch: Option<Watching>,
 }
 
 /// What became of a VM.
@@ -120,10 +141,37 @@ pub struct SessionReport {
     pub counters: CountersSnapshot,
     /// When.
     pub timeline: TimelineReport,
+    /// What the stream was worth, if it woke from one and its first touches were recorded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<Measured>,
+    /// All that was recorded of its first touches.
+    #[serde(skip)]
+    pub record: Option<Record>,
+}
+
+/// What a session is served from.
+pub(super) enum From {
+    Source(Arc<dyn PageSource>),
+    Opened(Opened, Option<Tracking>),
 }
 
 impl Session {
-    /// Begins to serve the memory that `handshake` hands over from the image of `source`.
+    /// Begins to serve the memory that `handshake` hands over from a snapshot: with its resume stream if it has one
+    /// and `options` ask for prefetch, and recording what the VM touches first. That is noted in `tracking`, so that
+    /// another process that puts the VM on standby knows it.
+    ///
+    /// # Errors
+    /// As [`Session::start`].
+    pub fn wake(
+        handshake: Handshake,
+        opened: &Opened,
+        options: SessionOptions,
+        tracking: Option<Tracking>,
+    ) -> Result<Self, Box<Refusal>> {
+        Self::begin(handshake, From::Opened(opened.clone(), tracking), options, Keeping::No)
+    }
+
+    /// Begins to serve the memory that `handshake` hands over from the image of `source`. Nothing is recorded.
     ///
     /// # Errors
     /// [`Refusal`]. Its userfaultfd is closed; Firecracker's own copy keeps the VM waiting, so that it sees
@@ -133,12 +181,12 @@ impl Session {
         source: Arc<dyn PageSource>,
         options: SessionOptions,
     ) -> Result<Self, Box<Refusal>> {
-        Self::begin(handshake, source, options, Keeping::No)
+        Self::begin(handshake, From::Source(source), options, Keeping::No)
     }
 
     pub(super) fn begin(
         handshake: Handshake,
-        source: Arc<dyn PageSource>,
+        from: From,
         options: SessionOptions,
         keeping: Keeping,
     ) -> Result<Self, Box<Refusal>> {
@@ -148,7 +196,7 @@ impl Session {
             Err(error) => return Err(Box::new(Refusal { error: error.into(), peer, process: None })),
         };
         let Handshake { uffd, regions, .. } = handshake;
-        Self::start_for((uffd, regions), process.clone(), source, options, keeping).map_err(|error| {
+        Self::start_for((uffd, regions), process.clone(), from, options, keeping).map_err(|error| {
             let process = Arc::into_inner(process);
             Box::new(Refusal { error, peer, process })
         })
@@ -157,16 +205,40 @@ impl Session {
     pub(super) fn start_for(
         (uffd, regions): (OwnedFd, Vec<Region>),
         process: Arc<VmmProcess>,
-        source: Arc<dyn PageSource>,
+        from: From,
         options: SessionOptions,
         keeping: Keeping,
     ) -> Result<Self, SessionError> {
+        let huge = regions.iter().any(|r| r.page_size == regions::PageSize::Huge);
+        let page_size = if huge { PageSize::Huge } else { PageSize::Small };
+        let record = !options.record_window.is_zero();
+        let (mut source, waking) = match from {
+            From::Source(source) => (source, None),
+            From::Opened(opened, tracking) => {
+                check_size(&*opened.image(), &regions)?;
+                let stream = options.prefetch && !options.page_by_page;
+                let Waking { source, first, mut recording } = opened.waking(stream, record, page_size)?;
+                if options.page_by_page {
+                    recording = recording.page_by_page();
+                }
+                (source, Some((first, recording, opened, tracking)))
+            }
+        };
+        if options.page_by_page {
+            source = Arc::new(PageByPage(source));
+        }
         let plan = plan(source, &regions)?;
         let memory = Memory::adopt(uffd, &announced(&regions))?;
         let kept = keeping.states(&plan, &memory, &regions, &process, options)?;
         let killed = Arc::new(Mutex::new(None));
         let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
-        let policy = Policy { retry: options.retry, fail_closed, ..Policy::default() };
+        let policy = Policy {
+            retry: options.retry,
+            fail_closed,
+            record_pages: WORKING_SET_PAGES_MAX as usize,
+            record_window: options.record_window,
+            ..Policy::default()
+        };
         let (handle, kept) = match kept {
             None => (Restore::start(plan, memory, policy)?, None),
             Some((states, kept)) if kept.is_new => {
@@ -174,11 +246,32 @@ impl Session {
             }
             Some((states, kept)) => (Restore::adopt(plan, memory, states, policy)?, Some(kept)),
         };
-        if options.prefetch {
-            handle.fill_all();
-        }
+        let handle = Arc::new(handle);
         let image_bytes = regions.iter().map(|r| r.bytes).sum();
-        Ok(Self { handle, process, killed, image_bytes, kept })
+        let prefetch = options.prefetch && !options.page_by_page;
+        let (mut streaming, mut watch) = (None, None);
+        if let Some((first, recording, opened, tracking)) = waking {
+            if let Some((first, source)) = first {
+                streaming = Some(first.install(&handle, &source)?);
+            }
+            // Filling the rest at once would hide what the machine touches beyond its stream.
+            let later = streaming.is_some() && record;
+            if record {
+                let (handle, process) = (handle.clone(), process.clone());
+                let watched = Watch::new(opened, recording, options.record_window, handle, process)
+                    .complete(later || !prefetch)
+                    .rebuilds(!options.page_by_page)
+                    .fill_after(later && prefetch)
+                    .track(tracking);
+                watch = Some(watched.start()?);
+            }
+        }
+        match streaming {
+            Some(streaming) if prefetch && !record => fill_behind(streaming, Arc::downgrade(&handle))?,
+            None if prefetch => handle.fill_all(),
+            _ => {}
+        }
+        Ok(Self { handle, process, killed, image_bytes, kept, watch })
     }
 
     /// Firecracker's process.
@@ -205,6 +298,8 @@ impl Session {
             failures: self.handle.failures().iter().map(|e| e.to_string()).collect(),
             counters: self.handle.counters(),
             timeline: self.handle.timeline(),
+            working_set: None,
+            record: None,
         }
     }
 
@@ -215,17 +310,55 @@ impl Session {
     ///
     /// # Errors
     /// Its process could not be waited for.
-    pub fn wait(self, timeout: Duration) -> std::io::Result<Result<SessionReport, Self>> {
+    pub fn wait(mut self, timeout: Duration) -> std::io::Result<Result<SessionReport, Self>> {
         if !self.process.wait_ended(timeout)? {
             return Ok(Err(self));
         }
-        let report = self.report();
+        let mut report = self.report();
+        if let Some(watch) = self.watch.take() {
+            report.record = watch.end();
+            let streamed = report.record.as_ref().map(|r| r.session.coverage).filter(|c| c.set_pages > 0);
+            report.working_set = streamed.map(Measured::from);
+        }
         if let Some(kept) = &self.kept {
             kept.release();
         }
         // No vCPU runs without its process.
-        let counters = self.handle.stop(VmStopped::attest());
-        Ok(Ok(SessionReport { counters, ..report }))
+        report.counters = alone(self.handle).stop(VmStopped::attest());
+        Ok(Ok(report))
+    }
+}
+
+/// The restore itself. Its watch is over, so that others hold it for a moment at most.
+fn alone(mut handle: Arc<RestoreHandle>) -> RestoreHandle {
+    loop {
+        handle = match Arc::try_unwrap(handle) {
+            Ok(handle) => return handle,
+            Err(shared) => shared,
+        };
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Installs the rest once the stream is in place.
+fn fill_behind(streaming: JoinHandle<()>, handle: Weak<RestoreHandle>) -> Result<(), RestoreError> {
+    let run = move || {
+        // A stream that panicked has said so on its own, and the rest is wanted all the more.
+        let _ = streaming.join();
+        if let Some(handle) = handle.upgrade() {
+            handle.fill_all();
+        }
+    };
+    Builder::new().name("dm-fill-behind".into()).spawn(run).map(drop).map_err(RestoreError::Start)
+}
+
+fn check_size(source: &dyn PageSource, regions: &[Region]) -> Result<(), SessionError> {
+    let image_bytes = source.page_count().0 * PAGE_BYTES as u64;
+    let given_bytes = regions.iter().map(|r| r.bytes).fold(0, u64::saturating_add);
+    if given_bytes == image_bytes {
+        Ok(())
+    } else {
+        Err(SessionError::WrongSize { given_bytes, image_bytes })
     }
 }
 
@@ -246,9 +379,10 @@ impl Session {
     /// # Errors
     /// [`StillServed`]: not all of its memory could be had, or the VM has ended.
     pub fn detach(self) -> Result<SessionReport, Box<StillServed>> {
-        let report = self.report();
-        let Self { handle, process, killed, image_bytes, kept } = self;
-        match handle.detach() {
+        let mut report = self.report();
+        let Self { handle, process, killed, image_bytes, kept, watch } = self;
+        report.record = watch.and_then(Watching::end);
+        match alone(handle).detach() {
             Ok(counters) => {
                 if let Some(kept) = &kept {
                     kept.release();
@@ -257,7 +391,8 @@ impl Session {
             }
             Err(still) => {
                 let DetachError { handle, error } = *still;
-                let session = Self { handle, process, killed, image_bytes, kept };
+                let handle = Arc::new(handle);
+                let session = Self { handle, process, killed, image_bytes, kept, watch: None };
                 Err(Box::new(StillServed { session, error }))
             }
         }
@@ -266,11 +401,7 @@ impl Session {
 
 /// The plan for `regions`, which must show the whole image.
 fn plan(source: Arc<dyn PageSource>, regions: &[Region]) -> Result<Plan, SessionError> {
-    let image_bytes = source.page_count().0 * PAGE_BYTES as u64;
-    let given_bytes = regions.iter().map(|r| r.bytes).fold(0, u64::saturating_add);
-    if given_bytes != image_bytes {
-        return Err(SessionError::WrongSize { given_bytes, image_bytes });
-    }
+    check_size(&*source, regions)?;
     let spec = |r: &Region| RegionSpec {
         image_first: PageIndex(r.offset / PAGE_BYTES as u64),
         pages: PageCount(r.bytes / PAGE_BYTES as u64),

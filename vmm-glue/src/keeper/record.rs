@@ -238,6 +238,7 @@ impl From<WireOptions> for SessionOptions {
                 longest: Duration::from_millis(wire.retry_longest_ms),
             },
             prefetch: wire.prefetch,
+            ..SessionOptions::default()
         }
     }
 }

@@ -54,6 +54,8 @@ pub(crate) fn state_id() -> ImageId {
 
 pub(crate) struct Bed {
     host: Host,
+    /// Whether a sample is held out of resume streams.
+    pub(crate) sample: bool,
     directory: TempDir,
     pub(crate) store: Store,
 }
@@ -64,7 +66,7 @@ impl Bed {
     pub(crate) fn new(host: Host) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let store = Store::open(directory.path().to_str().expect("UTF-8"), StoreOptions::default());
-        Bed { host, directory, store: store.expect("a store") }
+        Bed { host, sample: false, directory, store: store.expect("a store") }
     }
 
     /// Boots a machine and puts it on standby as `called`.
@@ -94,7 +96,10 @@ impl Bed {
             note.lock().expect("a lock").get_or_insert(error.to_string());
         }));
         let policy = Policy { fail_closed: kill, ..Policy::default() };
-        (Wake { prefetch, policy, balloon: false, kvm: self.host == Host::Kvm }, withheld)
+        (
+            Wake { prefetch, policy, balloon: false, kvm: self.host == Host::Kvm, sample: self.sample },
+            withheld,
+        )
     }
 
     pub(crate) fn wake(&self, called: &str, prefetch: Prefetch) -> Awake {

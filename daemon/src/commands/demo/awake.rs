@@ -65,7 +65,7 @@ impl Awake {
         let snapshot = resume.snapshot.clone();
         let open = now();
         let (withheld, policy) = policy();
-        let how = Wake { prefetch, policy, balloon: false, kvm: args.guest == Kind::Kvm };
+        let how = Wake { prefetch, policy, kvm: args.guest == Kind::Kvm, ..Wake::default() };
         let woken = embed::wake_resume(resume, &regions(&params), how).map_err(failed)?;
         let handshake = now();
         let mut guest = assemble(shell, woken.memory(), &snapshot, &params, track)?;
