@@ -63,7 +63,9 @@ fn huge_pages_are_installed_whole() {
         handle.prefetch([PageRun { first: PageIndex(0), pages: 1024 }]);
     });
     let counts = handle.counters();
-    assert_eq!(counts.copy_ioctls, 8, "2 MiB pages go one by one, whole: {counts:?}");
+    // Two threads may fault on the page given back, and the second copy of zeros meets the first.
+    assert_eq!(counts.copy_ioctls - counts.exists, 8, "2 MiB pages go one by one, whole: {counts:?}");
+    assert!(counts.exists <= 2, "{counts:?}");
     assert_eq!(counts.pages_copied + counts.zero_pages, 8);
     assert_eq!(counts.zero_ioctls, 0);
     // Given back after it came.
