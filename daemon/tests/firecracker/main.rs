@@ -8,4 +8,5 @@ mod generations;
 mod scene;
 mod serve_uffd;
 mod slow_store;
+mod survival;
 mod working_set;
