@@ -8,9 +8,12 @@ use dormouse_vmm_glue::firecracker::ApiError;
 
 use crate::scene::{Machine, PATIENCE, Running, Scene, scene, wait_for_socket, wait_until};
 use crate::serve_uffd::parked;
+use crate::slow_s3;
 
 /// Passes over all of its memory after which a clone has shown what it should.
 const PASSES: usize = 2;
+/// What the store takes to answer, so that faults are outstanding when a server is killed.
+const STORE_DELAY: Duration = Duration::from_millis(3);
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap())
@@ -22,12 +25,17 @@ fn below(seed: &mut u64, n: u64) -> u64 {
     (*seed >> 33) % n
 }
 
-fn serve(scene: &Scene, options: &[&str]) -> Running {
+/// A server whose store takes its time, if it is at an `address`.
+fn serve(scene: &Scene, address: Option<&str>, options: &[&str]) -> Running {
     let socket = scene.text("uffd.sock");
+    // What was fetched is on no disk: each server has to fetch it anew.
     let mut command =
-        scene.dormouse("home", &[&["serve-uffd", "vm", "--socket", &socket, "--keep"], options].concat());
+        scene.dormouse("nowhere", &[&["serve-uffd", "vm", "--socket", &socket, "--keep"], options].concat());
     let log = std::fs::OpenOptions::new().create(true).append(true).open(scene.path("servers")).unwrap();
-    command.stderr(log).stdout(std::process::Stdio::null());
+    command.stderr(log).stdout(std::process::Stdio::null()).env("DORMOUSE_CACHE_DIR", "/dev/null/none");
+    if let Some(address) = address {
+        slow_s3::use_store(&mut command, address);
+    }
     Running::start(command)
 }
 
@@ -74,13 +82,14 @@ fn guests_whose_servers_are_killed_at_any_instant_go_on() {
     let kills = number("DORMOUSE_TEST_FIRECRACKER_KILLS", 12);
     let mut seed = number("DORMOUSE_TEST_SEED", 1);
     let (mut clones, mut started, mut loaded_anew, mut done, mut running) = (Vec::new(), 0, 0, 0, 0);
-    let mut server = serve(&scene, &["--no-prefetch"]);
+    let address = slow_s3::start(scene.path("store"), STORE_DELAY);
+    let mut server = serve(&scene, Some(&address), &["--no-prefetch"]);
     for kill in 0..kills {
-        while clones.len() < 2 {
+        while clones.len() < 3 {
             started += 1;
             clones.push(Clone::start(&scene, &format!("clone{started}")));
         }
-        std::thread::sleep(Duration::from_micros(below(&mut seed, 150_000)));
+        std::thread::sleep(Duration::from_micros(below(&mut seed, 300_000)));
         assert!(server.child().try_wait().unwrap().is_none(), "the server has ended by itself");
         server.kill();
         clones.retain_mut(|clone| {
@@ -89,7 +98,7 @@ fn guests_whose_servers_are_killed_at_any_instant_go_on() {
         });
         running += u64::from(clones.iter().any(|clone| clone.passes() == 0));
         let prefetch = below(&mut seed, 4) == 0;
-        server = serve(&scene, if prefetch { &[] } else { &["--no-prefetch"] });
+        server = serve(&scene, Some(&address), if prefetch { &[] } else { &["--no-prefetch"] });
         if kill % 4 == 3 {
             for clone in &clones {
                 let before = clone.passes();
@@ -115,7 +124,7 @@ fn guests_whose_servers_are_killed_at_any_instant_go_on() {
 fn a_guest_that_is_let_go_needs_no_server() {
     let Some(scene) = scene() else { return };
     parked(&scene);
-    let server = serve(&scene, &["--once", "--detach-when-filled"]);
+    let server = serve(&scene, None, &["--once", "--detach-when-filled"]);
     wait_for_socket(scene.path("uffd.sock").as_ref());
     let mut clone = Clone::start(&scene, "clone");
     server.done();
