@@ -7,6 +7,7 @@
 
 mod guest;
 mod scene;
+mod systemd;
 
 use std::time::Duration;
 
@@ -119,5 +120,23 @@ fn the_snapshot_is_found_by_its_id_when_its_name_has_moved() {
     scene.import_something_else_as_vm();
     let server = scene.serve(&["--keep", "--no-prefetch"]);
     guest.must_complete();
+    server.kill();
+}
+
+#[test]
+fn systemd_keeps_the_vms_of_a_service() {
+    let Some(scene) = scene() else { return };
+    let manager = systemd::Manager::start(scene.path("notify"));
+    let mut server = scene.serve_under(&manager, &["--keep", "--no-prefetch"]);
+    let mut guests = [10, 11].map(|seed| scene.guest(seed));
+    guests.iter().for_each(scene::Guest::wait_begun);
+    for _ in 0..5 {
+        server.kill();
+        server = scene.serve_under(&manager, &["--keep", "--no-prefetch"]);
+        guests.iter().for_each(scene::Guest::must_go_on);
+    }
+    assert!(!scene.path("uffd.keep").exists(), "no holder of our own was started");
+    guests.iter_mut().for_each(scene::Guest::must_complete);
+    scene::wait_until("the store to be empty", || manager.stored() == 0);
     server.kill();
 }
