@@ -71,6 +71,22 @@ fn a_server_that_is_asked_to_end_is_followed_by_another() {
 }
 
 #[test]
+fn a_guest_that_ends_while_nobody_serves_it_holds_up_nobody() {
+    let Some(scene) = scene() else { return };
+    let server = scene.serve(&["--keep", "--no-prefetch"]);
+    let (ending, mut staying) = (scene.guest(12), scene.guest(13));
+    ending.wait_begun();
+    staying.wait_begun();
+    server.kill();
+    drop(ending);
+    let server = scene.serve(&["--keep", "--no-prefetch"]);
+    staying.must_complete();
+    let mut next = scene.guest(14);
+    next.must_complete();
+    server.kill();
+}
+
+#[test]
 fn the_holder_may_be_killed_too_if_the_server_lives() {
     let Some(scene) = scene() else { return };
     let mut server = scene.serve(&["--keep", "--no-prefetch"]);
