@@ -20,6 +20,7 @@
 //! - A page the guest gave back reads as zero whatever order events arrive in ([`mod@state`]).
 //! - Faults come before prefetch, always.
 //! - The descriptor is never closed under a live VM ([`RestoreHandle`]).
+//! - A process killed at any instant can be followed by another ([`kept`]).
 //!
 //! This crate does not read stores, speak VMM protocols or know an on-disk format.
 #![deny(unsafe_code)]

@@ -8,15 +8,17 @@ use std::{
 };
 
 use clap::Args;
-use dormouse_chunkstore::{Snapshot, Store};
+use dormouse_chunkstore::{Snapshot, Store, StoreError};
 use dormouse_vmm_glue::{
     firecracker::{Session, SessionError, SessionOptions, SessionReport, StillServed},
-    keeper::{HolderKeeper, Keeper, KeptVm, SystemdKeeper},
+    keeper::{HolderKeeper, Keeper, KeptSnapshot, KeptVm, SystemdKeeper, record::OpenKeptError},
 };
 
 use super::serve_uffd::memory_of;
 use crate::failure::Failure;
 
+/// Between two tries to open a snapshot in a store that is away.
+const STORE_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two tries to let a VM go.
 const DETACH_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -90,7 +92,7 @@ fn take_up_one(
     let snapshot = match opened.get(&wanted.snapshot) {
         Some(snapshot) => snapshot.clone(),
         None => {
-            let snapshot = wanted.open(store).map_err(|e| Failure::new("kept_snapshot", e.to_string()))?;
+            let snapshot = open(&wanted, store)?;
             opened.insert(wanted.snapshot, snapshot.clone());
             snapshot
         }
@@ -101,6 +103,20 @@ fn take_up_one(
             SessionError::Process(ref ended) if refusal.process.is_none() && ended.has_ended() => Ok(None),
             error => Err(Failure::new("vm_refused", error.to_string())),
         },
+    }
+}
+
+/// Opens a kept snapshot, trying again for as long as the store is away: its VM stands still until then.
+fn open(wanted: &KeptSnapshot, store: &Store) -> Result<Snapshot, Failure> {
+    loop {
+        match wanted.open(store) {
+            Ok(snapshot) => return Ok(snapshot),
+            Err(OpenKeptError::Store(error @ StoreError::Unavailable { .. })) => {
+                tracing::warn!(name = wanted.name, %error, "a kept VM waits for the store");
+                std::thread::sleep(STORE_INTERVAL);
+            }
+            Err(error) => return Err(Failure::new("kept_snapshot", error.to_string())),
+        }
     }
 }
 

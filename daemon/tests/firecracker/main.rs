@@ -7,5 +7,7 @@ mod failures;
 mod generations;
 mod scene;
 mod serve_uffd;
+mod slow_s3;
 mod slow_store;
+mod survival;
 mod working_set;

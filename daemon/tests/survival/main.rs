@@ -7,6 +7,7 @@
 
 mod guest;
 mod scene;
+mod systemd;
 
 use std::time::Duration;
 
@@ -70,6 +71,22 @@ fn a_server_that_is_asked_to_end_is_followed_by_another() {
 }
 
 #[test]
+fn a_guest_that_ends_while_nobody_serves_it_holds_up_nobody() {
+    let Some(scene) = scene() else { return };
+    let server = scene.serve(&["--keep", "--no-prefetch"]);
+    let (ending, mut staying) = (scene.guest(12), scene.guest(13));
+    ending.wait_begun();
+    staying.wait_begun();
+    server.kill();
+    drop(ending);
+    let server = scene.serve(&["--keep", "--no-prefetch"]);
+    staying.must_complete();
+    let mut next = scene.guest(14);
+    next.must_complete();
+    server.kill();
+}
+
+#[test]
 fn the_holder_may_be_killed_too_if_the_server_lives() {
     let Some(scene) = scene() else { return };
     let mut server = scene.serve(&["--keep", "--no-prefetch"]);
@@ -119,5 +136,23 @@ fn the_snapshot_is_found_by_its_id_when_its_name_has_moved() {
     scene.import_something_else_as_vm();
     let server = scene.serve(&["--keep", "--no-prefetch"]);
     guest.must_complete();
+    server.kill();
+}
+
+#[test]
+fn systemd_keeps_the_vms_of_a_service() {
+    let Some(scene) = scene() else { return };
+    let manager = systemd::Manager::start(scene.path("notify"));
+    let mut server = scene.serve_under(&manager, &["--keep", "--no-prefetch"]);
+    let mut guests = [10, 11].map(|seed| scene.guest(seed));
+    guests.iter().for_each(scene::Guest::wait_begun);
+    for _ in 0..5 {
+        server.kill();
+        server = scene.serve_under(&manager, &["--keep", "--no-prefetch"]);
+        guests.iter().for_each(scene::Guest::must_go_on);
+    }
+    assert!(!scene.path("uffd.keep").exists(), "no holder of our own was started");
+    guests.iter_mut().for_each(scene::Guest::must_complete);
+    scene::wait_until("the store to be empty", || manager.stored() == 0);
     server.kill();
 }

@@ -12,6 +12,7 @@ use dormouse_restore::{Uffd, UffdError, UffdOptions};
 use rustix::process::{Pid, Signal};
 
 use crate::guest::{PAGES, word};
+use crate::systemd::Manager;
 
 pub(crate) const TERM: Signal = Signal::TERM;
 pub(crate) const HUP: Signal = Signal::HUP;
@@ -83,6 +84,7 @@ impl Scene {
         }
         command.env("DORMOUSE_STORE", self.path("store")).env("HOME", self.path("home"));
         command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.env_remove("NOTIFY_SOCKET");
         command
     }
 
@@ -99,8 +101,22 @@ impl Scene {
 
     /// A server, started and not waited for.
     pub(crate) fn serve(&self, options: &[&str]) -> Server {
+        self.start(self.server(options))
+    }
+
+    /// A server that systemd starts.
+    pub(crate) fn serve_under(&self, manager: &Manager, options: &[&str]) -> Server {
+        self.start(manager.command(&self.server(options)))
+    }
+
+    fn server(&self, options: &[&str]) -> Command {
         let mut serve = self.dormouse();
         serve.args(["serve-uffd", "vm", "--socket"]).arg(self.path("uffd")).args(options);
+        serve
+    }
+
+    fn start(&self, mut serve: Command) -> Server {
+        serve.stdin(Stdio::null()).stdout(Stdio::null());
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("log")).unwrap();
         Server { child: serve.stderr(log).spawn().unwrap(), log: self.path("log") }
     }
@@ -262,7 +278,7 @@ impl Drop for Guest {
     }
 }
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");

@@ -1,7 +1,7 @@
 //! Sessions that outlive the process: kept before the first page is served, gone on with by the next process.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -176,13 +176,4 @@ fn release(keeper: &dyn Keeper, id: &VmId) {
 fn image_of(snapshot: &KeptSnapshot) -> Result<[u8; 32], SessionError> {
     let id = snapshot.id().ok_or_else(|| KeepError::Answer("the kept snapshot's id is none".into()))?;
     Ok(id.0)
-}
-
-/// The process a pidfd is of; `None` if it has ended.
-pub(super) fn pid_of(pidfd: &OwnedFd) -> std::io::Result<Option<i32>> {
-    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pid:"));
-    let pid = line.and_then(|pid| pid.trim().parse::<i32>().ok());
-    let pid = pid.ok_or_else(|| std::io::Error::other("the descriptor is not a pidfd"))?;
-    Ok((pid > 0).then_some(pid))
 }

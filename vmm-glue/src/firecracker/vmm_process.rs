@@ -1,7 +1,7 @@
 //! The VMM at the other end of a handshake: known by a pidfd, so that nobody else is ever killed in its place.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -10,7 +10,6 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::handshake::{Peer, peer_of};
-use super::kept_session::pid_of;
 use super::listener::readable_by;
 
 /// A VMM's process.
@@ -80,24 +79,21 @@ impl VmmProcess {
         Ok(process)
     }
 
-    /// The process that a pidfd kept from before is of, which must be `peer`.
+    /// The process that a pidfd kept from before is of; it was `peer`'s. Its number may differ by now, if this process
+    /// is in another container.
     ///
     /// # Errors
     /// [`VmmProcessError`].
-    pub(super) fn of_pidfd(pidfd: OwnedFd, peer: Peer) -> Result<Self, VmmProcessError> {
-        let io = |source| VmmProcessError::Io { peer, source };
-        match pid_of(&pidfd).map_err(io)? {
-            None => Err(VmmProcessError::Ended(peer)),
-            Some(pid) if pid != peer.pid => {
-                Err(io(io::Error::other(format!("the kept pidfd is of process {pid}"))))
-            }
-            Some(_) => {
-                let process = Self { pidfd, peer };
-                match process.has_ended().map_err(io)? {
-                    true => Err(VmmProcessError::Ended(peer)),
-                    false => Ok(process),
-                }
-            }
+    pub(super) fn of_pidfd(pidfd: OwnedFd, mut peer: Peer) -> Result<Self, VmmProcessError> {
+        peer.pid = match pid_of(&pidfd).map_err(|source| VmmProcessError::Io { peer, source })? {
+            PidOf::Ended => return Err(VmmProcessError::Ended(peer)),
+            PidOf::NotVisible => peer.pid,
+            PidOf::Process(pid) => pid,
+        };
+        let process = Self { pidfd, peer };
+        match process.has_ended().map_err(|source| VmmProcessError::Io { peer, source })? {
+            true => Err(VmmProcessError::Ended(peer)),
+            false => Ok(process),
         }
     }
 
@@ -136,6 +132,25 @@ impl VmmProcess {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// What a pidfd says of its process.
+enum PidOf {
+    Ended,
+    /// It has no number here.
+    NotVisible,
+    Process(i32),
+}
+
+fn pid_of(pidfd: &OwnedFd) -> io::Result<PidOf> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pid:"));
+    match line.and_then(|pid| pid.trim().parse::<i32>().ok()) {
+        None => Err(io::Error::other("the descriptor is not a pidfd")),
+        Some(0) => Ok(PidOf::NotVisible),
+        Some(pid @ 1..) => Ok(PidOf::Process(pid)),
+        Some(_) => Ok(PidOf::Ended),
     }
 }
 
@@ -180,5 +195,18 @@ mod tests {
         assert!(process.wait_ended(Duration::from_secs(60)).expect("poll"));
         child.wait().expect("wait");
         process.kill().expect("nobody is left to kill");
+        let kept = process.try_clone_pidfd().expect("descriptor");
+        assert!(matches!(VmmProcess::of_pidfd(kept, peer), Err(VmmProcessError::Ended(_))));
+    }
+
+    #[test]
+    fn a_kept_pidfd_tells_whose_it_is() {
+        let own = rustix::process::getpid();
+        let wrong = Peer { pid: 1, uid: 0 };
+        let pidfd = pidfd_open(own, PidfdFlags::empty()).expect("pidfd");
+        let process = VmmProcess::of_pidfd(pidfd, wrong).expect("alive");
+        assert_eq!(process.peer().pid, own.as_raw_nonzero().get());
+        let other = std::fs::File::open("/dev/null").expect("open").into();
+        assert!(matches!(VmmProcess::of_pidfd(other, wrong), Err(VmmProcessError::Io { .. })));
     }
 }
