@@ -35,6 +35,11 @@ impl Image {
         Ok(())
     }
 
+    /// Writes the image into `file`, which is empty, such as a file in memory. Holes stay where pages are zero.
+    pub fn export_into(&self, file: &File, progress: &dyn Progress) -> Result<()> {
+        self.write_to(file, Path::new("a file in memory"), false, progress)
+    }
+
     fn write_to(&self, file: &File, path: &Path, write_zeros: bool, progress: &dyn Progress) -> Result<()> {
         progress.begin(self.entry().bytes);
         let next = Mutex::new(0u64);

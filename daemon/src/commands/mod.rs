@@ -1,6 +1,7 @@
 //! One file per command. Each does its work, then prints once: nothing, or one document.
 
 pub(crate) mod bench;
+pub(crate) mod cloud_hypervisor;
 pub(crate) mod demo;
 pub(crate) mod du;
 pub(crate) mod export;

@@ -20,6 +20,7 @@ use dormouse_vmm_glue::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    cloud_hypervisor,
     serve_uffd::{
         HANDSHAKE_PATIENCE, ServingArgs, listen_failure, noted, outlive, print_report, thread_failure,
     },
@@ -41,6 +42,8 @@ const NOBODY_CAME: &str = "vmm";
 pub(crate) enum ResumeCommand {
     /// A guest of stock Firecracker; serves its memory until it ends
     Firecracker(ResumeArgs),
+    /// A guest of stock Cloud Hypervisor, v53 or later; serves its memory until it has all of it
+    CloudHypervisor(cloud_hypervisor::resume::ResumeArgs),
 }
 
 #[derive(Args, Debug)]
@@ -141,7 +144,10 @@ pub(crate) struct Woken {
 }
 
 pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, Failure> {
-    let ResumeCommand::Firecracker(args) = command;
+    let args = match command {
+        ResumeCommand::Firecracker(args) => args,
+        ResumeCommand::CloudHypervisor(args) => return cloud_hypervisor::resume::run(&args, context),
+    };
     // Sockets that nobody else can reach, gone when this process ends.
     let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
     let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;

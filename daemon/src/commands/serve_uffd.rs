@@ -124,7 +124,7 @@ impl ServingArgs {
 }
 
 /// A [`Retry`] whose waits add up to `time` at least.
-fn retry_for(time: Duration) -> Retry {
+pub(crate) fn retry_for(time: Duration) -> Retry {
     let retry = Retry { limit: 0, ..Retry::default() };
     let mut waited = Duration::ZERO;
     let mut limit = 0;

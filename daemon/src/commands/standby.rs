@@ -27,7 +27,10 @@ use dormouse_vmm_glue::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::import::{MEMORY, distinct};
+use super::{
+    cloud_hypervisor,
+    import::{MEMORY, distinct},
+};
 use crate::{
     cli::values::Part,
     context::{self, Context},
@@ -47,6 +50,8 @@ const END_PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) enum StandbyCommand {
     /// A guest of stock Firecracker
     Firecracker(StandbyArgs),
+    /// A guest of stock Cloud Hypervisor, v53 or later, with shared memory
+    CloudHypervisor(cloud_hypervisor::standby::StandbyArgs),
 }
 
 #[derive(Args, Debug)]
@@ -134,7 +139,10 @@ struct Choice {
 }
 
 pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
-    let StandbyCommand::Firecracker(args) = command;
+    let args = match command {
+        StandbyCommand::Firecracker(args) => args,
+        StandbyCommand::CloudHypervisor(args) => return cloud_hypervisor::standby::run(args, context),
+    };
     let document = perform(args, || context.open_store(), &context.progress("storing"))?;
     context.print(&document, |out| print_text(out, &document))?;
     Ok(Status::Done)

@@ -1,15 +1,17 @@
-//! Anonymous memory of our own process: guest memory of an own VMM, and of the tests.
+//! Memory of our own process: guest memory of an own VMM, of the tests, and files that a VMM maps too.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dormouse_core::page::PAGE_BYTES;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::plan::PageSize;
 
-/// A private anonymous mapping, unmapped on drop. Nothing is allocated until it is touched.
+/// A private anonymous mapping, or a shared one of a memory file, unmapped on drop. Nothing is allocated until it
+/// is touched.
 ///
 /// Its bytes may change under us at any time (a guest runs on them), so they are only ever read and written
 /// as atomic words, never lent out as slices.
@@ -47,6 +49,27 @@ impl Mapping {
         }?;
         let start = NonNull::new(start.cast()).ok_or_else(bad)?;
         Ok(Mapping { start, bytes, page_size })
+    }
+
+    /// Maps `pages` pages of 4 KiB of `file`, a file in memory, from byte `offset` on. What is installed here is
+    /// there for everybody who maps the file.
+    ///
+    /// The file must be sealed against shrinking: whoever touches a page past its end gets SIGBUS.
+    pub fn shared(file: impl AsFd, offset: u64, pages: u64) -> io::Result<Self> {
+        let bad = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, why.to_owned());
+        let bytes = usize::try_from(pages).ok().and_then(|p| p.checked_mul(PAGE_BYTES)).filter(|b| *b > 0);
+        let bytes = bytes.ok_or_else(|| bad("not a positive number of whole pages"))?;
+        let end = offset.checked_add(bytes as u64).ok_or_else(|| bad("past the end of addresses"))?;
+        let sealed = rustix::fs::fcntl_get_seals(&file)?.contains(rustix::fs::SealFlags::SHRINK);
+        if !sealed || rustix::fs::fstat(&file)?.st_size.cast_unsigned() < end {
+            return Err(bad("the file can be, or is, shorter than what is to be mapped"));
+        }
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists; its bytes may
+        // change at any time, which this type allows for.
+        let start = unsafe { mmap(std::ptr::null_mut(), bytes, access, flags, file, offset) }?;
+        let start = NonNull::new(start.cast()).ok_or_else(|| bad("mapped nowhere"))?;
+        Ok(Mapping { start, bytes, page_size: PageSize::Small })
     }
 
     /// The address of the first byte, for handing to KVM.

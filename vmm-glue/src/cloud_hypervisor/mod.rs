@@ -1,4 +1,4 @@
-//! Cloud Hypervisor's offload protocol: pure types, no VMM linked in.
+//! Cloud Hypervisor's offload protocol, both directions, no VMM linked in.
 //!
 //! Offload is its *local live migration* spoken with a daemon (`docs/snapshot_restore.md` and
 //! `vm-migration/src/protocol.rs` in cloud-hypervisor/cloud-hypervisor, v53 and later). To sleep, the VMM
@@ -12,9 +12,38 @@
 //! on demand, the daemon opens a second connection between `Config` and `State`, whose first two bytes are
 //! [`protocol::FAULT_ROLE`]; on it the VMM sends `PageFault` requests, each answered when the pages are in
 //! the memfd.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`protocol`] | heads, ranges and the order of requests: pure |
+//! | [`memory`] | which memory slot lies where, and in which image it is stored: pure |
+//! | [`wire`] | bounded, patient reading and writing of the above |
+//! | [`receive`] | a VM that goes to sleep: its memfds, configuration and state |
+//! | [`send`] | a VM that wakes: the same, the other way round |
+//! | [`stored`] | such a VM in a store |
+//! | [`wake`] | waking it, eagerly or on demand |
+//! | [`on_demand`] | its memory, page by page, through `dormouse-restore` |
+//! | [`fault_server`] | the connection on which it asks for pages |
+//! | [`api`] | the VMM's HTTP API |
 
+pub mod api;
+pub mod fault_server;
 pub mod memory;
+pub mod on_demand;
 pub mod protocol;
+pub mod receive;
+pub mod send;
+pub mod stored;
+pub mod wake;
+pub mod wire;
 
+pub use api::{VmmApi, VmmApiError};
+pub use fault_server::{FaultServer, OnDemandReport};
 pub use memory::{MemorySlot, MemorySlotsError, memory_slots};
+pub use on_demand::{OnDemand, OnDemandError, WakeOptions};
 pub use protocol::{Command, GuestRange, ProtocolError, Request, Response, SleepSequence};
+pub use receive::{ReceiveError, Received, receive};
+pub use send::{SendError, Sender};
+pub use stored::{StoredError, StoredVm};
+pub use wake::{WakeError, wake_eagerly, wake_on_demand};
+pub use wire::{Wire, WireError};

@@ -117,7 +117,7 @@ pub(super) fn receive_handshake(
 }
 
 /// Who is at the other end of `connection`, by the kernel's word.
-pub(super) fn peer_of(connection: &UnixStream) -> io::Result<Peer> {
+pub(crate) fn peer_of(connection: &UnixStream) -> io::Result<Peer> {
     let credentials = rustix::net::sockopt::socket_peercred(connection)?;
     Ok(Peer { pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() })
 }

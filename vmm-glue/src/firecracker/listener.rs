@@ -100,6 +100,14 @@ impl HandshakeListener {
         self.peer_uid
     }
 
+    /// The next connection, whoever makes it; `None` if there is none within `wait`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn connection(&self, wait: Duration) -> io::Result<Option<UnixStream>> {
+        self.accept(Instant::now() + wait)
+    }
+
     /// The next connection, whoever makes it; `None` if there is none until `deadline`.
     pub(super) fn accept(&self, deadline: Instant) -> io::Result<Option<UnixStream>> {
         if !readable_by(self.socket.as_fd(), deadline)? {
@@ -120,7 +128,7 @@ impl Drop for HandshakeListener {
 }
 
 /// Waits until `fd` can be read (or its peer is gone); false if it cannot until `deadline`.
-pub(super) fn readable_by(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> io::Result<bool> {
+pub(crate) fn readable_by(fd: std::os::fd::BorrowedFd<'_>, deadline: Instant) -> io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         match rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timespec(left))) {

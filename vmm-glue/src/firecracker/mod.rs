@@ -13,7 +13,7 @@ pub mod incoming;
 pub mod kept_session;
 pub mod listener;
 pub mod memfile;
-mod patient;
+pub(crate) mod patient;
 pub mod process;
 pub mod regions;
 pub mod session;

@@ -7,7 +7,7 @@ use dormouse_restore::{DecodedFrame, Extent, FrameToken, PageSource, SourceError
 
 /// Takes what is missing for what is away: a volume not mounted, a bucket being restored. The VM runs already and
 /// cannot go on without it, so waiting costs nothing that giving up at once would save. Never what is damaged.
-pub(super) struct Patient(pub(super) Arc<dyn PageSource>);
+pub(crate) struct Patient(pub(crate) Arc<dyn PageSource>);
 
 fn patient(error: SourceError) -> SourceError {
     match error.kind {

@@ -1,0 +1,129 @@
+//! The connection on which a waking VM asks for pages, answered by a thread of its own.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use super::on_demand::{FaultCounts, ImageReport, OnDemand, ProvideError};
+use super::protocol::Response;
+use super::wire::{FaultRequest, Wire, WireError};
+
+/// How often it is looked whether the VMM has asked for a page.
+const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why a VM is not served any more, other than that it has all its memory or is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum FaultError {
+    /// It said what makes no sense.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// It asked for what cannot be given.
+    #[error(transparent)]
+    Provide(#[from] ProvideError),
+}
+
+/// A VMM that asks for pages. Dropping it does not end that.
+#[derive(Debug)]
+pub struct FaultServer {
+    memory: Arc<OnDemand>,
+    connection: UnixStream,
+    thread: JoinHandle<Result<(), FaultError>>,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct OnDemandReport {
+    /// What the VMM asked for.
+    pub asked: FaultCounts,
+    /// What was done for it.
+    pub images: Vec<ImageReport>,
+    /// Why the VM was ended, if it was ended from here.
+    pub killed_because: Option<String>,
+    /// What was wrong with its requests, if anything.
+    pub error: Option<String>,
+}
+
+impl FaultServer {
+    /// Begins to answer on `wire` from `memory`.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn start(memory: Arc<OnDemand>, wire: Wire) -> io::Result<Self> {
+        let connection = wire.stream().try_clone()?;
+        let served = memory.clone();
+        let thread = Builder::new().name("dm-ch-faults".into()).spawn(move || {
+            let done = answer(&served, &wire);
+            // Also tells whoever waits in `finish`, and a VMM that would wait for an answer.
+            let _ = wire.stream().shutdown(Shutdown::Both);
+            done
+        })?;
+        Ok(Self { memory, connection, thread })
+    }
+
+    /// Waits until the VMM has asked for a page; false if it hangs up before, or has not within `patience`.
+    ///
+    /// A VMM that was not told to wake its VM on demand never asks. Its guest would run on empty memory, so none
+    /// may run before this.
+    pub fn wait_asked(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let over = self.thread.is_finished() || Instant::now() >= deadline;
+            if self.memory.counts().requests > 0 {
+                return true;
+            }
+            if over {
+                return false;
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+
+    /// Waits until the VMM asks no more, as it has all pages or is gone, and lets go of the memory.
+    pub fn finish(self) -> OnDemandReport {
+        // Also while a page is waited for that does not come.
+        while !hung_up(&self.connection) && !self.thread.is_finished() {}
+        self.memory.end();
+        let error = match self.thread.join() {
+            Ok(Ok(()) | Err(FaultError::Provide(ProvideError::Ended))) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("the thread that answered panicked".into()),
+        };
+        OnDemandReport {
+            asked: self.memory.counts(),
+            images: self.memory.images(),
+            killed_because: self.memory.ended_because(),
+            error,
+        }
+    }
+}
+
+fn answer(memory: &OnDemand, wire: &Wire) -> Result<(), FaultError> {
+    loop {
+        match wire.fault_request()? {
+            Some(FaultRequest::Pages(range)) => match memory.provide(range) {
+                Ok(()) => wire.respond(Response::Ok)?,
+                Err(ProvideError::Ended) => return Err(ProvideError::Ended.into()),
+                Err(error) => {
+                    // On this the VMM ends.
+                    let _ = wire.respond(Response::Error);
+                    return Err(error.into());
+                }
+            },
+            Some(FaultRequest::Abandon) => return Ok(wire.respond(Response::Ok)?),
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Whether the peer has closed `connection`, or either side has shut it down; waits a second for that.
+fn hung_up(connection: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(connection, PollFlags::RDHUP)];
+    let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+    // If it cannot be polled, the thread's end tells.
+    rustix::event::poll(&mut fds, Some(&second)).is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,9 @@
+//! Cloud Hypervisor's offload protocol against a peer written from its documents.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod faults;
+mod hostile;
+mod peer;
+mod round_trip;
+mod scene;
+mod sys;
