@@ -5,6 +5,7 @@
 
 mod failures;
 mod generations;
+mod huge_pages;
 mod scene;
 mod serve_uffd;
 mod slow_s3;

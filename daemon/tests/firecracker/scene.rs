@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use dormouse_vmm_glue::firecracker::{ConsoleInput, Firecracker, FirecrackerOptions};
+use dormouse_vmm_glue::firecracker::{ApiClient, ConsoleInput, Firecracker, FirecrackerOptions};
 use dormouse_vmm_glue::guest::{self, GuestParams, elf};
 use serde_json::Value;
 
@@ -81,12 +81,17 @@ impl Scene {
 
     /// A Firecracker with a guest that has filled its memory.
     pub(crate) fn boot(&self, track_dirty: bool) -> Machine {
+        self.boot_as(|api| api.machine_config(MEMORY_MIB, track_dirty).unwrap())
+    }
+
+    /// The same, of a machine that `configure` describes.
+    pub(crate) fn boot_as(&self, configure: impl FnOnce(&ApiClient)) -> Machine {
         let kernel = self.path("guest.elf");
         let params = GuestParams::new(PAGES, 7).unwrap();
         std::fs::write(&kernel, elf::executable(guest::program().unwrap(), &params)).unwrap();
         let machine = self.start("boot");
         let api = machine.process.api(PATIENCE);
-        api.machine_config(MEMORY_MIB, track_dirty).unwrap();
+        configure(&api);
         api.boot_source(&kernel).unwrap();
         api.start().unwrap();
         machine.console.wait_for("R", 1);

@@ -7,11 +7,15 @@ use dormouse_core::{ImageKind, Name, PageIndex};
 use dormouse_vmm_glue::firecracker::api::SnapshotKind;
 use serde_json::Value;
 
-use crate::scene::{Console, PATIENCE, Running, Scene, document, say, scene, wait_for_socket, wait_until};
+use crate::scene::{Console, Machine, PATIENCE, Running, Scene, document, say, scene, wait_for_socket, wait_until};
 
 /// Boots, snapshots, imports as `vm`, and leaves nothing but the store and the vmstate file.
 pub(crate) fn parked(scene: &Scene) -> Console {
-    let machine = scene.boot(false);
+    park(scene, scene.boot(false))
+}
+
+/// Snapshots `machine`, imports it as `vm`, and leaves nothing but the store and the vmstate file.
+pub(crate) fn park(scene: &Scene, machine: Machine) -> Console {
     machine.console.wait_for(".", 1);
     let api = machine.process.api(PATIENCE);
     let (state, memory) = (scene.text("vmstate"), scene.text("memory"));
@@ -49,7 +53,7 @@ pub(crate) fn count(document: &Value, counter: &str) -> u64 {
 }
 
 /// Serves and wakes `vm` with these options, waits for verified passes, ends the VM, and gives the report.
-fn wake(scene: &Scene, options: &[&str]) -> Value {
+pub(crate) fn wake(scene: &Scene, options: &[&str]) -> Value {
     let socket = scene.text("uffd.sock");
     let arguments = [&["serve-uffd", "vm", "--socket", &socket, "--once"], options].concat();
     let server = Running::start(scene.dormouse("elsewhere", &arguments));
