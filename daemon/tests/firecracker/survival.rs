@@ -89,7 +89,8 @@ fn guests_whose_servers_are_killed_at_any_instant_go_on() {
             started += 1;
             clones.push(Clone::start(&scene, &format!("clone{started}")));
         }
-        std::thread::sleep(Duration::from_micros(below(&mut seed, 300_000)));
+        wait_until("some clone's load", || clones.iter_mut().any(Clone::is_loaded));
+        std::thread::sleep(Duration::from_micros(below(&mut seed, 200_000)));
         assert!(server.child().try_wait().unwrap().is_none(), "the server has ended by itself");
         server.kill();
         clones.retain_mut(|clone| {

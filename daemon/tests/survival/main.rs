@@ -9,7 +9,7 @@ mod guest;
 mod scene;
 mod systemd;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use scene::{Rng, number, scene};
 
@@ -23,7 +23,7 @@ fn servers_killed_at_any_instant_leave_no_wrong_page_and_no_guest_behind() {
     eprintln!("{kills} kills from seed {seed}");
     let mut rng = Rng(seed);
     let mut guests = Vec::new();
-    let (mut completed, mut not_begun, mut faulting) = (0, 0, 0);
+    let (mut completed, mut not_begun, mut faulting, mut pauses) = (0, 0, 0, Vec::new());
     let mut server = scene.serve(&["--keep", "--no-prefetch"]);
     for kill in 0..kills {
         while guests.len() < GUESTS {
@@ -31,6 +31,7 @@ fn servers_killed_at_any_instant_leave_no_wrong_page_and_no_guest_behind() {
         }
         std::thread::sleep(Duration::from_micros(rng.below(60_000)));
         server.kill();
+        let killed = Instant::now();
         // A VM that has not got a page yet is loaded anew, as after any load that fails.
         guests.retain(|guest: &scene::Guest| {
             not_begun += u64::from(!guest.has_begun());
@@ -41,6 +42,7 @@ fn servers_killed_at_any_instant_leave_no_wrong_page_and_no_guest_behind() {
         server = scene.serve(if prefetch { &["--keep"] } else { &["--keep", "--no-prefetch"] });
         if kill % 4 == 3 {
             guests.iter().for_each(scene::Guest::must_go_on);
+            pauses.push(killed.elapsed());
         }
         guests.retain_mut(|guest| !guest.completed(&mut completed));
     }
@@ -49,8 +51,11 @@ fn servers_killed_at_any_instant_leave_no_wrong_page_and_no_guest_behind() {
         completed += 1;
     }
     server.kill();
+    pauses.sort();
     eprintln!(
-        "{kills} kills, {faulting} of them under running guests; {completed} guests completed, {not_begun} loaded anew"
+        "{kills} kills, {faulting} of them under running guests; {completed} guests completed, {not_begun} loaded anew; \
+         all went on {:?} after a kill (median)",
+        pauses.get(pauses.len() / 2)
     );
     assert!(completed > 0 && faulting * 2 > kills, "{completed} completed, {faulting} of {kills}");
 }

@@ -184,9 +184,13 @@ fn reach(path: &Path, program: Option<&Path>) -> Result<OwnedFd, KeepError> {
         };
         let over = Instant::now() >= deadline;
         let Some(program) = program.filter(|_| !over) else { return Err(no_holder(refused.to_string())) };
-        // One that has ended lost the race for the socket, or found the last holder just ending.
-        let gone = started.as_mut().is_none_or(|child| !matches!(child.try_wait(), Ok(None)));
-        if gone {
+        // One that has ended well lost the race for the socket, or found the last holder just ending.
+        let ended = started.as_mut().map(|child| child.try_wait().ok().flatten());
+        if ended.flatten().is_some_and(|status| !status.success()) {
+            let (program, path) = (program.display(), path.display());
+            return Err(no_holder(format!("`{program} hold --socket {path}` fails; try it to see why")));
+        }
+        if ended.is_none_or(|ended| ended.is_some()) {
             started =
                 Some(start(program, path).map_err(|e| no_holder(format!("{}: {e}", program.display())))?);
         }

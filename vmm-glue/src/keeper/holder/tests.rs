@@ -208,3 +208,14 @@ fn nonsense_is_refused_and_disturbs_nobody() {
     assert_eq!(ids(&taken(&next)), ["a"]);
     drop(silent);
 }
+
+#[test]
+fn a_holder_that_cannot_be_started_is_not_waited_for() {
+    let directory = tempfile::tempdir().expect("directory");
+    let socket = directory.path().join("hold");
+    for (program, part) in [("/bin/false", "try it to see why"), ("/nonexistent/dormouse", "No such file")] {
+        let error = HolderKeeper::connect(&socket, Some(Path::new(program))).expect_err(program);
+        assert!(matches!(&error, KeepError::NoHolder { why, .. } if why.contains(part)), "{error}");
+    }
+    assert!(matches!(HolderKeeper::connect(&socket, None), Err(KeepError::NoHolder { .. })));
+}
