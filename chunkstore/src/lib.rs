@@ -25,6 +25,7 @@ mod similar;
 mod snapshot;
 mod store;
 mod stream;
+mod tail;
 mod usage;
 mod verify;
 

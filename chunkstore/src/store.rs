@@ -61,6 +61,8 @@ pub struct Store {
     pub(crate) lease: Duration,
     disk: Arc<OnceLock<Option<DiskCache>>>,
     pub(crate) disk_bytes: u64,
+    /// Frames are read for a machine that waits for them.
+    waited_for: bool,
 }
 
 impl Store {
@@ -99,6 +101,7 @@ impl Store {
             lease: options.lease,
             disk: Arc::default(),
             disk_bytes: options.disk_cache_bytes,
+            waited_for: false,
         }
     }
 
@@ -145,6 +148,11 @@ impl Store {
     /// The same store, read past the frames on local disk.
     pub(crate) fn without_disk(&self) -> Self {
         Store { disk: Arc::new(OnceLock::from(None)), ..self.clone() }
+    }
+
+    /// The same store, its frames read for a machine that waits for them; see [`crate::tail`].
+    pub(crate) fn waited_for(&self) -> Self {
+        Store { waited_for: !self.backend.is_local(), ..self.clone() }
     }
 
     /// Waits until the frames read so far are on local disk, if they are to be. What is not is only fetched again.
@@ -206,10 +214,13 @@ impl Store {
             }
         }
         let key = self.keys.pack(pack);
-        let stored = self
-            .backend
-            .get(&key, Some(frame.range()))?
-            .ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
+        let stored = if self.waited_for {
+            crate::tail::get(&self.backend, &key, frame.range())
+        } else {
+            self.backend.get(&key, Some(frame.range()))
+        };
+        let stored =
+            stored?.ok_or_else(|| StoreError::Missing { key: key.clone(), referrer: "a page map".into() })?;
         let raw = frame.decode(&self.domain, &stored).map_err(|why| StoreError::Damaged { key, why })?;
         if let Some(disk) = disk {
             disk.put(frame, &stored);

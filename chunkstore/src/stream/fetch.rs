@@ -2,7 +2,8 @@
 //!
 //! The first requests go out before anything is known of the stream, not even its size: one round trip instead of
 //! two. Their bytes are used as they arrive, whichever request they arrive by. A piece that has brought nothing for
-//! too long is asked for a second time (a hedge), which cuts the slow tail of object stores.
+//! too long is asked for again, as [`crate::tail`] has it, which cuts the slow tail of object stores; if that does not
+//! help, the stream is given up, and the machine wakes without it.
 
 use std::{
     ops::Range,
@@ -16,6 +17,7 @@ use super::parts::Parts;
 use crate::{
     backend::Backend,
     error::{Result, StoreError},
+    tail::{Ladder, Step},
 };
 
 /// Requests that go out before the stream's size is known, and as many again once it is, if there is more.
@@ -25,29 +27,24 @@ pub(super) const STREAMS: usize = 8;
 const FIRST_BYTES: u64 = 1536 << 10;
 /// Size of later ones.
 const LATER_BYTES: u64 = 4 << 20;
-/// A piece that brings nothing for longer than this is asked for once more.
-const HEDGE_AFTER: Duration = Duration::from_millis(100);
-/// Tries for one piece before the stream is given up.
-const TRIES: u32 = 4;
-
-#[derive(Debug)]
-enum Status {
-    Wanted,
-    UnderWay { since: Instant, hedged: bool },
-    Here,
-    Failed { tries: u32, error: StoreError },
-}
+/// Longest wait between two looks at a piece.
+const LOOK: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 struct Piece {
-    status: Status,
-    tries: u32,
+    ladder: Ladder,
+    /// All of it that the object has.
+    here: bool,
+    /// There is no such object.
+    missing: bool,
+    error: Option<StoreError>,
     got: Parts,
 }
 
 impl Piece {
     fn wanted() -> Self {
-        Piece { status: Status::Wanted, tries: 0, got: Parts::default() }
+        let (ladder, got) = (Ladder::new(Instant::now()), Parts::default());
+        Piece { ladder, here: false, missing: false, error: None, got }
     }
 }
 
@@ -105,12 +102,12 @@ impl Fetcher {
         let pieces = (0..STREAMS).map(|_| Piece::wanted()).collect();
         let state = State { pieces, ..Default::default() };
         let fetcher = Arc::new(Fetcher { backend, key, state: Mutex::new(state), changed: Condvar::new() });
-        (0..STREAMS).for_each(|_| fetcher.spawn(|f| f.fetch_next()));
+        (0..STREAMS).for_each(|_| fetcher.spawn_next());
         fetcher
     }
 
     /// Runs `work` on a thread of its own until it returns `false`.
-    fn spawn(self: &Arc<Self>, work: impl Fn(&Fetcher) -> bool + Send + 'static) {
+    fn spawn(self: &Arc<Self>, work: impl Fn(&Fetcher) -> bool + Send + 'static) -> std::io::Result<()> {
         let weak = Arc::downgrade(self);
         let spawned = std::thread::Builder::new().name("dm-stream".into()).spawn(move || {
             while let Some(fetcher) = weak.upgrade() {
@@ -119,8 +116,13 @@ impl Fetcher {
                 }
             }
         });
-        // With fewer threads it is slower; whoever waits fetches by himself in the end.
-        if let Err(error) = spawned {
+        spawned.map(drop)
+    }
+
+    /// Starts a thread that fetches what is wanted. With fewer of them it is slower: who waits for a piece that nobody
+    /// has asked for asks for it.
+    fn spawn_next(self: &Arc<Self>) {
+        if let Err(error) = self.spawn(|f| f.fetch_next()) {
             tracing::warn!(%error, "a thread for a resume stream could not be had");
         }
     }
@@ -137,9 +139,9 @@ impl Fetcher {
                 if state.stopped {
                     return false;
                 }
-                let next = state.pieces.iter().position(|p| matches!(p.status, Status::Wanted));
+                let next = state.pieces.iter().position(|p| !p.ladder.has_begun());
                 if let Some(piece) = next {
-                    state.pieces[piece].status = Status::UnderWay { since: Instant::now(), hedged: false };
+                    state.pieces[piece].ladder.ask(Instant::now());
                     break piece;
                 }
                 if state.total.is_some() {
@@ -167,30 +169,27 @@ impl Fetcher {
             // Speculative pieces past the end are dropped while they are under way.
             let Some(piece) = state.pieces.get_mut(piece) else { return false };
             if piece.got.append(offset, &part) {
-                if let Status::UnderWay { since, .. } = &mut piece.status {
-                    *since = Instant::now();
-                }
+                piece.ladder.progress(Instant::now());
                 self.changed.notify_all();
             }
             offset += part.len() as u64;
-            !stopped && !matches!(piece.status, Status::Here)
+            !stopped && !piece.here
         });
         let mut state = self.state();
         let Some(piece) = state.pieces.get_mut(piece) else { return };
-        if matches!(piece.status, Status::Here) {
-            return;
-        }
-        piece.tries += 1;
-        piece.status = match got {
+        match got {
             // A request that was told to stop has brought less than there is, and nobody waits any more.
-            Ok(true) => Status::Here,
-            Ok(false) => {
-                let key = self.key.clone();
-                let error = StoreError::Missing { key, referrer: "a resume".into() };
-                Status::Failed { tries: TRIES, error }
+            Ok(true) => piece.here = true,
+            Ok(false) => piece.missing = true,
+            Err(error) => {
+                if error.is_retryable() {
+                    piece.ladder.failed(Instant::now());
+                } else {
+                    piece.ladder.exhaust();
+                }
+                piece.error = Some(error);
             }
-            Err(error) => Status::Failed { tries: piece.tries, error },
-        };
+        }
         drop(state);
         self.changed.notify_all();
     }
@@ -205,11 +204,11 @@ impl Fetcher {
         while state.pieces.len() < pieces {
             state.pieces.push(Piece::wanted());
         }
-        let waiting = state.pieces.iter().filter(|p| matches!(p.status, Status::Wanted)).count();
+        let waiting = state.pieces.iter().filter(|p| !p.ladder.has_begun()).count();
         drop(state);
         self.changed.notify_all();
         // The first threads are busy with the first pieces; what is left should not wait for those.
-        (0..waiting.min(STREAMS)).for_each(|_| self.spawn(|f| f.fetch_next()));
+        (0..waiting.min(STREAMS)).for_each(|_| self.spawn_next());
     }
 
     /// The bytes in `range`; waits for them. Shorter only if the object is.
@@ -245,48 +244,49 @@ impl Fetcher {
         }
     }
 
-    /// Waits for something to arrive, and sees to it that the first missing piece of `range` is under way.
+    /// Waits for something to arrive, and sees to it that the first missing piece of `range` is asked for.
     fn wait<'s>(
         self: &'s Arc<Self>,
         mut state: MutexGuard<'s, State>,
         range: &Range<u64>,
     ) -> Result<MutexGuard<'s, State>> {
+        let mut time = LOOK;
         for (index, part) in parts_of(range) {
             let Some(piece) = state.pieces.get_mut(index) else {
                 return Err(StoreError::Bug("a piece past the end of a resume stream was asked for"));
             };
-            match &mut piece.status {
-                _ if piece.got.len() >= part.end => continue,
-                Status::Here | Status::Wanted => {}
-                Status::UnderWay { since, hedged } => {
-                    if !*hedged && since.elapsed() >= HEDGE_AFTER {
-                        *hedged = true;
-                        self.spawn(move |f| {
-                            f.fetch(index);
-                            false
-                        });
+            if piece.got.len() >= part.end || piece.here {
+                continue;
+            }
+            if piece.missing {
+                return Err(StoreError::Missing { key: self.key.clone(), referrer: "a resume".into() });
+            }
+            match piece.ladder.step(Instant::now()) {
+                Step::Wait(left) => time = left.min(LOOK),
+                Step::Ask => {
+                    piece.ladder.ask(Instant::now());
+                    let fetch = move |f: &Fetcher| {
+                        f.fetch(index);
+                        false
+                    };
+                    if self.spawn(fetch).is_err() {
+                        piece.ladder.failed(Instant::now());
                     }
+                    time = Duration::ZERO;
                 }
-                Status::Failed { error: StoreError::Missing { key, referrer }, .. } => {
-                    return Err(StoreError::Missing { key: key.clone(), referrer: referrer.clone() });
-                }
-                Status::Failed { tries, error } if *tries >= TRIES => {
+                Step::GiveUp => {
+                    let why =
+                        piece.error.as_ref().map_or_else(|| "it does not answer".into(), ToString::to_string);
                     return Err(StoreError::Unavailable {
                         doing: format!("reading {}", self.key),
                         store: self.backend.url().to_owned(),
-                        why: error.to_string(),
+                        why,
                     });
-                }
-                Status::Failed { .. } => {
-                    piece.status = Status::UnderWay { since: Instant::now(), hedged: true };
-                    drop(state);
-                    self.fetch(index);
-                    return Ok(self.state());
                 }
             }
             break;
         }
-        let waited = self.changed.wait_timeout(state, HEDGE_AFTER / 4);
+        let waited = self.changed.wait_timeout(state, time);
         Ok(waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 
@@ -303,7 +303,7 @@ fn has(state: &State, range: &Range<u64>) -> Result<bool> {
         let Some(piece) = state.pieces.get(piece) else {
             return Err(StoreError::Bug("a piece past the end of a resume stream was asked for"));
         };
-        if piece.got.len() < part.end && !matches!(piece.status, Status::Here) {
+        if piece.got.len() < part.end && !piece.here {
             return Ok(false);
         }
     }

@@ -18,6 +18,7 @@ use crate::{
     error::{Result, StoreError},
     snapshot::Snapshot,
     store::Store,
+    tail,
 };
 
 /// Bytes read first of a stream on this host: enough for the head of most.
@@ -57,7 +58,7 @@ impl Store {
     /// A stream that this host has on disk is not asked for, as long as it is of the snapshot that the name stands for.
     pub fn open_resume(&self, name: &Name) -> Result<Resume> {
         if let Some(local) = self.local_stream(name) {
-            let reference = self.reference(name)?.0.ok_or_else(|| self.no_such(name))?;
+            let reference = self.reference_soon(name)?.ok_or_else(|| self.no_such(name))?;
             if local.head.snapshot == reference.snapshot {
                 self.stream_used(&local);
                 return self.open_local(reference, local);
@@ -73,6 +74,23 @@ impl Store {
         opened
     }
 
+    /// What `name` stands for now, asked again while the store is slow, and then with all patience there is.
+    fn reference_soon(&self, name: &Name) -> Result<Option<Reference>> {
+        if !self.backend.is_local() {
+            let unavailable = |why| StoreError::Unavailable {
+                doing: format!("reading the reference of {name}"),
+                store: self.url().to_owned(),
+                why,
+            };
+            let (store, of) = (self.clone(), name.clone());
+            match tail::climb(unavailable, move |_| store.reference(&of)) {
+                Err(StoreError::Unavailable { .. }) => {}
+                other => return Ok(other?.0),
+            }
+        }
+        Ok(self.reference(name)?.0)
+    }
+
     fn open_local(&self, reference: Reference, mut local: LocalStream) -> Result<Resume> {
         let frames = std::mem::take(&mut local.head.frames);
         let head = StreamHead { frames, ..local.head.clone() };
@@ -81,13 +99,13 @@ impl Store {
             None => self.read_root(reference.root, Some(&reference.name))?,
         };
         let (name, key) = (reference.name.clone(), self.keys.stream(&self.domain, &reference.name));
-        let snapshot = Snapshot::new(self.clone(), reference, root);
+        let snapshot = Snapshot::new(self.waited_for(), reference, root);
         let stream = ResumeStream { store: self.clone(), name, key, head, fetcher: None, local: Some(local) };
         Ok(Resume { snapshot, stream: Some(stream) })
     }
 
     fn open_with(&self, name: &Name, key: &str, fetcher: Option<Arc<Fetcher>>) -> Result<Resume> {
-        let reference = self.reference(name)?.0.ok_or_else(|| self.no_such(name))?;
+        let reference = self.reference_soon(name)?.ok_or_else(|| self.no_such(name))?;
         let head = match self.stream_head(key, fetcher.as_ref()) {
             Ok(head) => head.filter(|h| h.snapshot == reference.snapshot),
             Err(why) => {
@@ -99,7 +117,7 @@ impl Store {
             Some(root) => root,
             None => self.read_root(reference.root, Some(name))?,
         };
-        let snapshot = Snapshot::new(self.clone(), reference, root);
+        let snapshot = Snapshot::new(self.waited_for(), reference, root);
         let (store, name, key) = (self.clone(), name.clone(), key.to_owned());
         let stream = head.map(|head| ResumeStream { store, name, key, head, fetcher, local: None });
         Ok(Resume { snapshot, stream })

@@ -29,6 +29,9 @@ fn every_command_prints_exactly_one_document() {
     let commands: &[&[&str]] = &[
         &["ls"],
         &["show", "a"],
+        &["stream", "rebuild", "a"],
+        &["stream", "rm", "a"],
+        &["cool", "a"],
         &["du"],
         &["verify"],
         &["verify", "a", "--quick"],
@@ -51,7 +54,10 @@ fn people_get_text_and_not_json() {
     let home = with_snapshot();
     for command in [
         &["ls"][..],
+        &["stream", "rebuild", "a"],
         &["show", "a"],
+        &["stream", "rm", "a"],
+        &["cool", "a"],
         &["du"],
         &["verify"],
         &["export", "a", "--memory", "copy"],

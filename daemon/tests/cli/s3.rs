@@ -110,6 +110,47 @@ fn snapshots_live_in_s3_and_two_hosts_share_them() {
 }
 
 #[test]
+fn streams_are_brought_to_a_host_and_taken_off_it() {
+    let Some(server) = Server::start() else { return };
+    server.make_bucket("sleepers");
+    let (here, there) = (Home::new(), Home::new());
+    fs::write(here.path("m"), image(1, 2000, 100)).unwrap();
+    fs::write(here.path("s"), b"state").unwrap();
+    let done = |home: &Home, args: &[&str]| {
+        let ran = server.run(home, args);
+        assert_eq!(ran.code, 0, "{args:?}: {}{}", ran.stdout, ran.stderr);
+        ran.document()
+    };
+    done(&here, &["import", "a", "--memory", "m", "--state", "vm=s"]);
+    let tier = |home: &Home| done(home, &["ls"])["snapshots"][0]["tier"].as_str().unwrap().to_owned();
+    let none = server.run(&there, &["warm", "a"]);
+    assert_eq!((none.code, &none.document()["error"]["kind"]), (1, &"no_such_part".into()));
+    let record = r#"{"version": 1, "name": "a", "snapshot": "", "recorded_unix_ms": 0, "window_ms": 0,
+                    "complete": true, "session": {"missed": [[100, 500], [1, 4], [99999, 5]]}}"#;
+    fs::write(here.path("record"), record).unwrap();
+    let built = done(&here, &["stream", "rebuild", "a", "--from-record", "record"]);
+    assert_eq!(built["stream"]["pages"], 504, "what is not there is left out: {built}");
+    assert_eq!((tier(&here), tier(&there)), ("warm".into(), "cold".into()));
+    let warm = done(&there, &["warm", "a"]);
+    assert_eq!((&warm["tier"], &warm["pinned"]), (&"warm".into(), &true.into()));
+    assert_eq!(warm["stored_bytes"], built["stream"]["stored_bytes"]);
+    let shown = done(&there, &["show", "a"]);
+    assert_eq!((&shown["pinned"], &shown["stream"]["current"]), (&true.into(), &true.into()), "{shown}");
+    // Another generation of the name: what is here is of no use any more.
+    fs::write(there.path("m"), image(2, 2000, 100)).unwrap();
+    done(&there, &["import", "a", "--memory", "m", "--replace"]);
+    assert_eq!(tier(&there), "cold");
+    let shown = done(&there, &["show", "a"]);
+    assert_eq!(shown["stream"]["current"], false, "{shown}");
+    let built = done(&there, &["stream", "rebuild", "a"]);
+    assert_eq!((&built["from"], &built["stream"]["pages"]), (&"stream".into(), &504.into()), "{built}");
+    assert_eq!(tier(&there), "warm");
+    assert_eq!(done(&there, &["cool", "a"])["tier"], "cold");
+    assert_eq!(done(&there, &["stream", "rm", "a"])["removed"], true);
+    assert_eq!(done(&there, &["show", "a"])["stream"], serde_json::Value::Null);
+}
+
+#[test]
 fn a_server_that_is_not_there_is_unavailable_and_can_be_tried_again() {
     let home = Home::new();
     fs::write(home.path("m"), image(1, 5, 0)).unwrap();
