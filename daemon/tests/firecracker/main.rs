@@ -6,7 +6,11 @@
 mod failures;
 mod generations;
 mod scene;
+mod serve_api;
+mod serve_kept;
 mod serve_uffd;
+mod serve_vms;
+mod served;
 mod slow_s3;
 mod slow_store;
 mod survival;
