@@ -30,13 +30,20 @@ impl Context {
 
     /// Opens the store.
     pub(crate) fn open_store(&self) -> Result<Store, Failure> {
-        let url = match &self.global.store {
-            Some(url) => url.clone(),
-            None => default_store()?,
-        };
-        let options =
-            StoreOptions { key: key::find(&self.global)?, cache_dir: self.cache_dir(), ..Default::default() };
-        Ok(Store::open(&url, options)?)
+        Ok(Store::open(&self.store_url()?, self.store_options()?)?)
+    }
+
+    /// The store's URL as given.
+    pub(crate) fn store_url(&self) -> Result<String, Failure> {
+        match &self.global.store {
+            Some(url) => Ok(url.clone()),
+            None => default_store(),
+        }
+    }
+
+    /// How to open it.
+    pub(crate) fn store_options(&self) -> Result<StoreOptions, Failure> {
+        Ok(StoreOptions { key: key::find(&self.global)?, cache_dir: self.cache_dir(), ..Default::default() })
     }
 
     /// A progress bar.
@@ -74,6 +81,15 @@ fn default_store() -> Result<String, Failure> {
         Failure::usage(format!("the default store {} is not UTF-8; pass --store URL", dir.display()))
     })?;
     Ok(text.to_owned())
+}
+
+/// Where this user's running things are: control sockets, and what is remembered of VMs until the next boot.
+pub(crate) fn runtime_dir() -> PathBuf {
+    match env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(dir) if dir.is_absolute() => dir.join("dormouse"),
+        _ if rustix::process::geteuid().is_root() => PathBuf::from("/run/dormouse"),
+        _ => env::temp_dir().join(format!("dormouse-{}", rustix::process::geteuid().as_raw())),
+    }
 }
 
 /// A base directory as the XDG specification has it: relative values of the variable count as unset.

@@ -16,7 +16,7 @@ pub(crate) enum Status {
 }
 
 /// A command failed.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Failure {
     /// A word for programs to tell failures apart by; see docs/CLI.md.
     pub(crate) kind: &'static str,

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `cli` | what can be written on the command line |
 //! | `commands` | one file per command |
+//! | `serve` | the daemon |
+//! | `client` | asking the daemon |
 //! | `context` | what the global options mean: the store, the key, the caches |
 //! | `key` | where the key of an encrypted domain comes from |
 //! | `output`, `table`, `human` | one JSON document, or text for people |
@@ -12,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod client;
 mod commands;
 mod context;
 mod failure;
@@ -19,6 +22,7 @@ mod human;
 mod key;
 mod output;
 mod progress;
+mod serve;
 mod table;
 
 fn main() -> std::process::ExitCode {

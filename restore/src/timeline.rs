@@ -23,6 +23,8 @@ pub struct Phase {
 pub struct Histogram {
     /// The buckets, cut off after the last that is not empty.
     pub log2_us: Vec<u64>,
+    /// All values together, in microseconds.
+    pub sum_us: u64,
 }
 
 impl Histogram {
@@ -61,6 +63,7 @@ pub(crate) struct Timeline {
     start: Instant,
     phases: Mutex<Vec<Phase>>,
     faults: [AtomicU64; 40],
+    faults_us: AtomicU64,
 }
 
 impl Timeline {
@@ -69,6 +72,7 @@ impl Timeline {
             start: Instant::now(),
             phases: Mutex::new(Vec::new()),
             faults: [const { AtomicU64::new(0) }; 40],
+            faults_us: AtomicU64::new(0),
         }
     }
 
@@ -85,6 +89,7 @@ impl Timeline {
         let us = time.as_micros() as u64;
         let bucket = (u64::BITS - us.leading_zeros()) as usize;
         self.faults[bucket.min(self.faults.len() - 1)].fetch_add(1, Ordering::Relaxed);
+        self.faults_us.fetch_add(us, Ordering::Relaxed);
     }
 
     pub(crate) fn report(&self) -> TimelineReport {
@@ -93,7 +98,10 @@ impl Timeline {
             log2_us.pop();
         }
         let phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        TimelineReport { phases, fault_latency: Histogram { log2_us } }
+        TimelineReport {
+            phases,
+            fault_latency: Histogram { log2_us, sum_us: self.faults_us.load(Ordering::Relaxed) },
+        }
     }
 }
 
@@ -108,7 +116,7 @@ mod tests {
             timeline.fault_took(Duration::from_micros(us));
         }
         let faults = timeline.report().fault_latency;
-        assert_eq!(faults.count(), 6);
+        assert_eq!((faults.count(), faults.sum_us), (6, 204 + u64::MAX / 2000));
         assert_eq!(
             (faults.log2_us[0], faults.log2_us[1], faults.log2_us[2], faults.log2_us[7]),
             (1, 1, 1, 2)

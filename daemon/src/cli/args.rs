@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve_uffd, show, standby,
-    stream, tier, train, verify,
+    bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve, serve_uffd, show, standby,
+    stream, tier, train, verify, vms,
 };
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
@@ -81,6 +81,15 @@ pub(crate) enum Command {
     Demo(demo::DemoArgs),
     #[command(subcommand, hide = true)]
     DemoGuest(demo::guest::DemoGuestCommand),
+    /// Serve many VMs from one process, controlled over HTTP on a Unix socket
+    Serve(serve::ServeArgs),
+    /// List the VMs of the daemon
+    #[command(visible_alias = "vms")]
+    Ps(vms::PsArgs),
+    /// End a VM
+    Stop(vms::StopArgs),
+    /// Install all memory of a VM, so that it needs the daemon no more
+    Detach(vms::DetachArgs),
     /// Serve the memory of Firecracker VMs from a snapshot, page by page, over its userfaultfd handshake
     ServeUffd(serve_uffd::ServeUffdArgs),
     /// Hold the descriptors of VMs for those who serve them, so that they can be restarted; started by them

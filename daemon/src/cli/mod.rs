@@ -8,9 +8,9 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tracing_subscriber::EnvFilter;
 
-use self::args::Cli;
+use self::args::{Cli, Command};
 use crate::{
-    commands,
+    commands::{self, serve::LogFormat},
     context::Context,
     failure::{Failure, Status},
     output,
@@ -22,7 +22,7 @@ pub(crate) fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
-    init_log(cli.global.verbose);
+    init_log(cli.global.verbose, &cli.command);
     let json = cli.global.json;
     let context = Context::new(cli.global);
     match commands::run(cli.command, &context) {
@@ -50,14 +50,23 @@ fn refuse(error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
-/// Logs to stderr: warnings, more with `--verbose`, or as `DORMOUSE_LOG` says.
-fn init_log(verbose: u8) {
-    let default = match verbose {
+/// Logs to stderr: warnings, more with `--verbose`, or as `DORMOUSE_LOG` says. The daemon says more, and when.
+fn init_log(verbose: u8, command: &Command) {
+    let daemon = match command {
+        Command::Serve(args) => Some(args.log_format),
+        _ => None,
+    };
+    let default = match verbose + u8::from(daemon.is_some()) {
         0 => "warn",
         1 => "info",
         2 => "debug",
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("DORMOUSE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match daemon {
+        Some(LogFormat::Json) => log.json().init(),
+        Some(LogFormat::Text) => log.init(),
+        None => log.without_time().init(),
+    }
 }

@@ -16,28 +16,34 @@ use crate::{
 #[derive(Args, Debug)]
 pub(crate) struct LsArgs {}
 
-#[derive(Serialize)]
-struct Document<'a> {
-    store: &'a str,
-    snapshots: Vec<Row<'a>>,
+/// What `ls` prints.
+#[derive(Debug, Serialize)]
+pub(crate) struct Document {
+    store: String,
+    snapshots: Vec<Row>,
 }
 
-#[derive(Serialize)]
-struct Row<'a> {
+#[derive(Debug, Serialize)]
+struct Row {
     #[serde(flatten)]
-    summary: &'a SnapshotSummary,
+    summary: SnapshotSummary,
     /// Where its first pages are, as seen from this host.
     tier: &'static str,
 }
 
+impl Document {
+    pub(crate) fn of(store: &Store) -> Result<Self, Failure> {
+        let row = |summary: SnapshotSummary| Row { tier: tier(store, &summary), summary };
+        let snapshots = store.list()?.into_iter().map(row).collect();
+        Ok(Document { store: store.url().to_owned(), snapshots })
+    }
+}
+
 pub(crate) fn run(_: &LsArgs, context: &Context) -> Result<Status, Failure> {
-    let store = context.open_store()?;
-    let snapshots = store.list()?;
-    let rows = snapshots.iter().map(|summary| Row { summary, tier: tier(&store, summary) }).collect();
-    let document = Document { store: store.url(), snapshots: rows };
+    let document = Document::of(&context.open_store()?)?;
     context.print(&document, |out| {
-        if snapshots.is_empty() {
-            return writeln!(out, "no snapshots in {}; `dormouse import` makes the first", store.url());
+        if document.snapshots.is_empty() {
+            return writeln!(out, "no snapshots in {}; `dormouse import` makes the first", document.store);
         }
         let mut table = Table::new(["name", ">size", ">non-zero", "created", "tier", "snapshot"]);
         for Row { summary: s, tier } in &document.snapshots {

@@ -14,6 +14,7 @@ pub(crate) mod ls;
 pub(crate) mod repack;
 pub(crate) mod resume;
 pub(crate) mod rm;
+pub(crate) mod serve;
 pub(crate) mod serve_uffd;
 pub(crate) mod show;
 pub(crate) mod standby;
@@ -21,6 +22,7 @@ pub(crate) mod stream;
 pub(crate) mod tier;
 pub(crate) mod train;
 pub(crate) mod verify;
+pub(crate) mod vms;
 
 use crate::{
     cli::args::Command,
@@ -44,6 +46,10 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Rm(args) => rm::run(&args, context),
         Command::Gc(args) => gc::run(&args, context),
         Command::Repack(args) => repack::run(&args, context),
+        Command::Serve(args) => serve::run(args, context),
+        Command::Ps(args) => vms::ps(&args, context),
+        Command::Stop(args) => vms::stop(&args, context),
+        Command::Detach(args) => vms::detach(&args, context),
         Command::ServeUffd(args) => serve_uffd::run(&args, context),
         Command::Resume(command) => resume::run(command, context),
         Command::Standby(command) => standby::run(&command, context),

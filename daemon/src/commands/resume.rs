@@ -1,8 +1,10 @@
 //! `dormouse resume firecracker NAME`: a VM wakes from the store.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -13,11 +15,14 @@ use dormouse_core::Name;
 use dormouse_vmm_glue::{
     firecracker::{
         ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-        Incoming, Session, VmmProcess, handshake::Peer, memfile::MemFile, tracking::Base,
+        Incoming, KeepWith, Refusal, Session, VmmProcess, capture, handshake::Peer, memfile::MemFile,
+        tracking::Base,
     },
+    keeper::{Keeper, KeptSnapshot},
     opened::Opened,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{
     cloud_hypervisor,
@@ -27,8 +32,10 @@ use super::{
     standby::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure},
 };
 use crate::{
+    client::{Client, MaybeDaemon},
     context::{self, Context},
     failure::{Failure, Status},
+    serve::api::WakeRequest,
 };
 
 /// How long Firecracker may take to start, and to ask for its memory.
@@ -78,6 +85,9 @@ pub(crate) struct ResumeArgs {
 
     #[command(flatten)]
     pub(crate) serving: ServingArgs,
+
+    #[command(flatten)]
+    pub(crate) daemon: MaybeDaemon,
 }
 
 /// What `resume` says of itself.
@@ -133,6 +143,23 @@ struct Vmm {
     started: Option<Firecracker>,
 }
 
+/// Where and how a VM is woken.
+pub(crate) struct WakeIn<'a> {
+    /// Sockets are made here.
+    pub(crate) scratch: &'a Path,
+    /// Where a Firecracker that is started has its serial input from.
+    pub(crate) input: ConsoleInput,
+    /// With whom the VM is kept beyond this process, and what its next server is to know of it.
+    pub(crate) keep: Option<(Arc<dyn Keeper>, BTreeMap<String, String>)>,
+}
+
+impl<'a> WakeIn<'a> {
+    /// For a command that serves one VM and ends with it.
+    pub(crate) fn here(scratch: &'a Path) -> Self {
+        WakeIn { scratch, input: ConsoleInput::Inherited, keep: None }
+    }
+}
+
 /// A VM that runs again.
 pub(crate) struct Woken {
     pub(crate) document: Document,
@@ -148,10 +175,15 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
         ResumeCommand::Firecracker(args) => args,
         ResumeCommand::CloudHypervisor(args) => return cloud_hypervisor::resume::run(&args, context),
     };
+    // Records are for who trains: the daemon keeps its own.
+    let client = if args.record.is_some() { None } else { args.daemon.find(context)? };
+    if let Some(client) = client {
+        return by_daemon(&args, context, &client);
+    }
     // Sockets that nobody else can reach, gone when this process ends.
     let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
     let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;
-    let woken = wake(&args, scratch.path(), ConsoleInput::Inherited, || context.open_store())?;
+    let woken = wake(&args, WakeIn::here(scratch.path()), || context.open_store())?;
     context.print(&woken.document, |out| print_text(out, &woken.document))?;
     drop(woken.incoming);
     // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
@@ -169,22 +201,43 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
     let _ = print_report(&mut text, &report);
     tracing::info!("{}", String::from_utf8_lossy(&text));
     match report.killed_because {
-        Some(why) => {
-            let why = format!("process {} was killed rather than given a wrong page: {why}", report.pid);
-            Err(Failure::new("vm_killed", why))
-        }
+        Some(why) => Err(killed(report.pid, &why)),
         None => Ok(Status::Done),
     }
 }
 
-/// Wakes a VM. Sockets are made in `scratch`; a Firecracker that is started has its serial input from `input`.
+/// The daemon wakes it and serves its memory. Only a report of that has to be waited for.
+fn by_daemon(args: &ResumeArgs, context: &Context, client: &Client) -> Result<Status, Failure> {
+    let mut vm: Value = client.post("/v1/vms", &WakeRequest::of(args)?)?;
+    let document = serde_json::from_value::<Document>(vm["resume"].take());
+    let document = document.map_err(|e| Failure::new("daemon", format!("the daemon's answer: {e}")))?;
+    context.print(&document, |out| print_text(out, &document))?;
+    let Some(path) = &args.report else { return Ok(Status::Done) };
+    let id = vm["id"].as_str().unwrap_or_default().to_owned();
+    while vm["state"] != "ended" {
+        vm = client.get(&format!("/v1/vms/{id}?wait_s=600"))?;
+    }
+    let report = serde_json::to_vec_pretty(&vm["report"]).unwrap_or_default();
+    std::fs::write(path, report).map_err(|e| Failure::file("writing", path, &e))?;
+    match vm["report"]["killed_because"].as_str() {
+        Some(why) => Err(killed(document.pid, why)),
+        None => Ok(Status::Done),
+    }
+}
+
+fn killed(pid: i32, why: &str) -> Failure {
+    let why = format!("process {pid} was killed rather than given a wrong page: {why}");
+    Failure::new("vm_killed", why)
+}
+
+/// Wakes a VM.
 pub(crate) fn wake(
     args: &ResumeArgs,
-    scratch: &Path,
-    input: ConsoleInput,
+    within: WakeIn<'_>,
     open_store: impl FnOnce() -> Result<Store, Failure>,
 ) -> Result<Woken, Failure> {
     let mut timeline = Timeline { begun: Instant::now(), phases: Vec::new() };
+    let WakeIn { scratch, input, keep } = within;
     // Firecracker starts while the store is asked.
     let (opened, vmm) = thread::scope(|scope| {
         let vmm = scope.spawn(|| vmm(args, scratch, input));
@@ -197,7 +250,16 @@ pub(crate) fn wake(
     timeline.mark("spawn");
 
     let socket = scratch.join("uffd.sock");
-    let (session, incoming) = load(args, &vmm, &socket, &state, &opened, &mut timeline)?;
+    let options = args.serving.options();
+    let serve = |handshake| match keep {
+        None => Session::wake(handshake, &opened, options, noted()),
+        Some((keeper, notes)) => {
+            let snapshot = KeptSnapshot::of(opened.snapshot());
+            let keep = KeepWith { keeper, snapshot, api_socket: Some(vmm.api_socket.clone()), notes };
+            Session::wake_kept(handshake, &opened, options, noted(), keep)
+        }
+    };
+    let (session, incoming) = load(args, &vmm, &socket, &state, serve, &mut timeline)?;
     remember(args, opened.snapshot(), &session);
     if let Err(error) = vmm.api.resume() {
         give_up(session.process());
@@ -241,7 +303,13 @@ fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput) -> Result<Vmm, Fa
             Some(Firecracker::spawn(&options, START_PATIENCE).map_err(|e| vmm_failure(&e))?)
         }
     };
-    Ok(Vmm { api: ApiClient::new(&api_socket, API_PATIENCE), api_socket, started })
+    let api = ApiClient::new(&api_socket, API_PATIENCE);
+    if started.is_none() && capture::is_running(&api).is_ok() {
+        // Whose load failed is ended, so it is not even tried.
+        let message = format!("the Firecracker at {} has a guest already", api_socket.display());
+        return Err(Failure::new("vmm", message));
+    }
+    Ok(Vmm { api, api_socket, started })
 }
 
 /// Loads the device state into `vmm` while its memory is served. Firecracker reads guest memory on the way.
@@ -250,7 +318,7 @@ fn load(
     vmm: &Vmm,
     socket: &Path,
     state: &MemFile,
-    opened: &Opened,
+    serve: impl FnOnce(Handshake) -> Result<Session, Box<Refusal>>,
     timeline: &mut Timeline,
 ) -> Result<(Session, Incoming), Failure> {
     let listener = HandshakeListener::bind(socket).map_err(|e| listen_failure(&e))?;
@@ -262,8 +330,7 @@ fn load(
         let session =
             wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
                 timeline.mark("handshake");
-                Session::wake(handshake, opened, args.serving.options(), noted())
-                    .map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
+                serve(handshake).map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
             });
         if session.is_err() {
             // It would wait for its memory for ever, and so would the thread that loads it.

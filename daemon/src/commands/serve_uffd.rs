@@ -20,7 +20,7 @@ use dormouse_vmm_glue::{
     keeper::{Keeper, KeptSnapshot},
     opened::Opened,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     import::MEMORY,
@@ -89,7 +89,8 @@ pub(crate) struct ServingArgs {
 }
 
 /// [`OnFailure`] on the command line.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum PolicyName {
     /// Kill the VM
     #[default]

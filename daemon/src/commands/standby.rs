@@ -33,9 +33,11 @@ use super::{
 };
 use crate::{
     cli::values::Part,
+    client::MaybeDaemon,
     context::{self, Context},
     failure::{Failure, Status},
     human,
+    serve::api::StandbyRequest,
 };
 
 /// What Firecracker's device state is called in a snapshot.
@@ -88,6 +90,9 @@ pub(crate) struct StandbyArgs {
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) level: i32,
+
+    #[command(flatten)]
+    pub(crate) daemon: MaybeDaemon,
 }
 
 /// What `standby` says of itself.
@@ -104,11 +109,11 @@ pub(crate) struct Document {
     pid: i32,
     ended: bool,
     /// How long the guest stood still, or had to before it could have gone on.
-    pause_us: u64,
+    pub(crate) pause_us: u64,
     /// From the request until the snapshot was whole in this host's memory.
     resumable_us: u64,
     /// From the request until it was durable in the store.
-    durable_us: u64,
+    pub(crate) durable_us: u64,
     phases: Phases,
     /// Bytes of memory captured.
     captured_bytes: u64,
@@ -143,7 +148,10 @@ pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status,
         StandbyCommand::Firecracker(args) => args,
         StandbyCommand::CloudHypervisor(args) => return cloud_hypervisor::standby::run(args, context),
     };
-    let document = perform(args, || context.open_store(), &context.progress("storing"))?;
+    let document = match args.daemon.find(context)? {
+        Some(client) => client.post("/v1/standby", &StandbyRequest::of(args)?)?,
+        None => perform(args, || context.open_store(), &context.progress("storing"))?,
+    };
     context.print(&document, |out| print_text(out, &document))?;
     Ok(Status::Done)
 }
@@ -229,10 +237,7 @@ pub(crate) fn process_at(socket: &std::path::Path) -> Result<VmmProcess, Failure
 
 /// This host's memory of what dirty pages are counted from.
 pub(crate) fn tracking() -> Result<Tracking, Failure> {
-    let directory = match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
-        Some(directory) if directory.is_absolute() => directory.join("dormouse"),
-        _ => std::env::temp_dir().join(format!("dormouse-{}", rustix::process::geteuid().as_raw())),
-    };
+    let directory = context::runtime_dir();
     Tracking::open(&directory).map_err(|e| Failure::file("using", &directory, &e))
 }
 

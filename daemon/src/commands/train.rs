@@ -5,17 +5,18 @@ use std::{path::PathBuf, time::Duration};
 use clap::Args;
 use dormouse_core::Name;
 use dormouse_vmm_glue::{
-    firecracker::{ConsoleInput, Session, SessionReport},
+    firecracker::{Session, SessionReport},
     opened::build_predicted_stream,
 };
 
 use super::{
-    resume::{self, ResumeArgs},
+    resume::{self, ResumeArgs, WakeIn},
     serve_uffd::{PolicyName, ServingArgs, outlive},
     stream::{Built, print_text},
 };
 use crate::{
     cli::values,
+    client::MaybeDaemon,
     context::{self, Context},
     failure::{Failure, Status},
 };
@@ -61,8 +62,9 @@ pub(crate) fn run(args: &TrainArgs, context: &Context) -> Result<Status, Failure
             record_window: args.window,
             page_by_page: true,
         },
+        daemon: MaybeDaemon::default(),
     };
-    let woken = resume::wake(&waking, scratch.path(), ConsoleInput::Inherited, || Ok(store.clone()))?;
+    let woken = resume::wake(&waking, WakeIn::here(scratch.path()), || Ok(store.clone()))?;
     drop(woken.incoming);
     let snapshot = woken.document.snapshot;
     let report = watch(woken.session, args.window)?;

@@ -32,6 +32,11 @@ pub(crate) fn scene() -> Option<Scene> {
 }
 
 impl Scene {
+    /// One without a Firecracker.
+    pub(crate) fn bare() -> Self {
+        Scene { binary: PathBuf::new(), directory: tempfile::tempdir().unwrap() }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }

@@ -95,6 +95,14 @@ impl HandshakeListener {
         &self.path
     }
 
+    /// A second descriptor of the socket, for who accepts by other means and asks peers who they are.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn try_clone_socket(&self) -> io::Result<UnixListener> {
+        self.socket.try_clone()
+    }
+
     /// The user whose processes may connect.
     pub fn peer_uid(&self) -> u32 {
         self.peer_uid

@@ -37,13 +37,17 @@ pub struct FirecrackerOptions {
 }
 
 /// Where a guest's serial input comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ConsoleInput {
     /// [`Firecracker::type_bytes`].
     #[default]
     Typed,
     /// This process's own standard input.
     Inherited,
+    /// This file. A FIFO is opened for writing too, so that it neither blocks nor ends when its writers go.
+    File(PathBuf),
+    /// Nowhere.
+    Nothing,
 }
 
 /// Why Firecracker could not be started or spoken to.
@@ -60,6 +64,14 @@ pub enum ProcessError {
     /// The console file cannot be made.
     #[error("cannot write the console to {path}: {source}")]
     Console {
+        /// The path given.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The console's input cannot be opened.
+    #[error("cannot read the console's input from {path}: {source}")]
+    Input {
         /// The path given.
         path: PathBuf,
         /// The operating system's answer.
@@ -113,6 +125,11 @@ impl Firecracker {
             .stdin(match input {
                 ConsoleInput::Typed => Stdio::piped(),
                 ConsoleInput::Inherited => Stdio::inherit(),
+                ConsoleInput::File(path) => {
+                    let opened = File::options().read(true).write(true).open(path);
+                    opened.map_err(|source| ProcessError::Input { path: path.clone(), source })?.into()
+                }
+                ConsoleInput::Nothing => Stdio::null(),
             })
             .stdout(output)
             .stderr(errors)

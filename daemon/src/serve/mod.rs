@@ -1,0 +1,128 @@
+//! `dormouse serve`: one process that serves many VMs, controlled over HTTP on a Unix socket.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `api` | what is asked and answered: the types of docs/openapi.json |
+//! | `routes`, `body`, `answer`, `codes` | from a request to an answer, or an error by name |
+//! | `socket` | the control socket: who may connect, and how long they may take |
+//! | `state`, `vm` | what the daemon knows, and the one thing that may be under way with a VM |
+//! | `wake`, `operations`, `listener` | what can be done |
+//! | `kept`, `scratch` | VMs of an earlier daemon, and what it left behind |
+//! | `metrics`, `totals`, `counted` | what is counted |
+//! | `stop`, `notify` | the end, and what systemd is told |
+//!
+//! The runtime's threads carry requests and nothing else: whatever waits for a store, a disk or a VMM does so on a
+//! blocking thread, and pages are served by the plain threads of each VM's restore.
+
+pub(crate) mod answer;
+pub(crate) mod api;
+mod body;
+pub(crate) mod codes;
+mod counted;
+mod kept;
+mod listener;
+mod metrics;
+mod notify;
+mod operations;
+mod process;
+mod routes;
+mod scratch;
+mod socket;
+mod state;
+mod stop;
+mod totals;
+mod vm;
+mod wake;
+
+use std::{fmt, path::PathBuf, sync::Arc};
+
+use clap::ValueEnum;
+use dormouse_chunkstore::{Store, StoreOptions, backend::open_url};
+use dormouse_vmm_glue::keeper::Keeper;
+
+use self::{
+    counted::{Counted, StoreMetrics},
+    metrics::Metrics,
+    socket::Control,
+    state::Daemon,
+};
+use crate::failure::Failure;
+
+/// What becomes of VMs when the daemon is asked to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnStop {
+    /// They stand still where memory is missing until the next daemon takes them up; for restarts and upgrades
+    Keep,
+    /// All of their memory is installed; they go on without a daemon
+    Detach,
+    /// The daemon ends when the last of them has
+    Wait,
+}
+
+impl fmt::Display for OnStop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OnStop::Keep => "keep",
+            OnStop::Detach => "detach",
+            OnStop::Wait => "wait",
+        })
+    }
+}
+
+/// How the daemon is set up.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) control: PathBuf,
+    /// Where VMs' sockets are made; closed to other users.
+    pub(crate) directory: PathBuf,
+    pub(crate) store_url: String,
+    pub(crate) store_options: StoreOptions,
+    pub(crate) firecracker: Option<PathBuf>,
+    pub(crate) on_stop: OnStop,
+    /// With whom VMs are kept beyond this process.
+    pub(crate) keeper: Option<Arc<dyn Keeper>>,
+}
+
+/// Serves until asked to end, and then does what the settings say with the VMs there are.
+pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime
+        .map_err(|e| Failure::new("threads", format!("no thread could be started: {e}; raise the limit")))?;
+    runtime.block_on(async {
+        let store_metrics = StoreMetrics::default();
+        let key_id = settings.store_options.key.as_ref().map(|key| key.id().to_string());
+        let backend = Counted { inner: open_url(&settings.store_url)?, metrics: store_metrics.clone() };
+        // A store that is away now may be back when it is needed.
+        let store = Store::with_backend(Arc::new(backend), settings.store_options);
+        let metrics = Metrics::new(&store_metrics);
+        let control = Control::bind(&settings.control)?;
+        let daemon = Arc::new(Daemon::new(
+            store,
+            key_id,
+            settings.firecracker,
+            settings.on_stop,
+            settings.keeper,
+            settings.directory,
+            metrics,
+        ));
+        let taking_up = daemon.clone();
+        // They stand still until they are served again, so they come before any request.
+        let taken_up = tokio::task::spawn_blocking(move || kept::take_up(&taking_up)).await;
+        taken_up.map_err(|e| Failure::new("bug", e.to_string()))??;
+        let stopped = stop::on_signal()?;
+        let (end, ended) = tokio::sync::watch::channel(false);
+        let answering = tokio::spawn(control.answer(routes::router(daemon.clone()), ended));
+        let watchdog = notify::watchdog();
+        ready();
+        notify::ready();
+        tracing::info!(control = %settings.control.display(), store = daemon.store.url(), "serving");
+        // The sender lives as long as the signals' task.
+        let _ = stopped.await;
+        stop::stop(&daemon).await;
+        end.send_replace(true);
+        // What is being answered is answered.
+        let _ = answering.await;
+        watchdog.abort();
+        Ok(())
+    })
+}
