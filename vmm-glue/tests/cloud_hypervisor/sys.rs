@@ -1,5 +1,5 @@
 //! What the peer asks of the kernel, as Cloud Hypervisor does (`vmm/src/uffd.rs`).
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "what the kernel is asked for has no safe call")]
 
 use std::fs::File;
 use std::io;
