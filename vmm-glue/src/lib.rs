@@ -9,10 +9,10 @@
 //! | [`keeper`] | what outlives the serving process: a holder of descriptors, or systemd's store |
 //! | [`opened`] | a snapshot opened so that machines wake from it, with its resume stream |
 //! | [`records`] | what this host has seen of machines' working sets |
-//! | [`cloud_hypervisor`] | pure types of its offload protocol |
+//! | [`cloud_hypervisor`] | the offload protocol of stock Cloud Hypervisor, both directions |
 //!
-//! Nothing here fetches or installs a page: that is the business of `dormouse-restore`, which [`embed`] puts to
-//! work.
+//! Nothing here installs a page by itself: that is the business of `dormouse-restore`, which [`embed`] and
+//! [`cloud_hypervisor`] put to work.
 //!
 //! All `unsafe` of the crate is in `sys`.
 #![deny(unsafe_code)]

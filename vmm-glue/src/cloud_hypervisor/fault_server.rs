@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::on_demand::{FaultCounts, ImageReport, OnDemand, ProvideError};
+use super::counts::{FaultCounts, ImageReport};
+use super::on_demand::{OnDemand, ProvideError};
 use super::protocol::Response;
 use super::wire::{FaultRequest, Wire, WireError};
 

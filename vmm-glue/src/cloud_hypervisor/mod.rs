@@ -23,10 +23,12 @@
 //! | [`stored`] | such a VM in a store |
 //! | [`wake`] | waking it, eagerly or on demand |
 //! | [`on_demand`] | its memory, page by page, through `dormouse-restore` |
+//! | [`counts`] | what it asked for, and what was done for it |
 //! | [`fault_server`] | the connection on which it asks for pages |
 //! | [`api`] | the VMM's HTTP API |
 
 pub mod api;
+pub mod counts;
 pub mod fault_server;
 pub mod memory;
 pub mod on_demand;

@@ -13,7 +13,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,12 +21,13 @@ use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
-    Content, CountersSnapshot, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy,
-    RegionSpec, Restore, RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, TimelineReport,
-    Uffd, UffdError, UffdOptions, VmStopped,
+    Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
+    RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdError, UffdOptions,
+    VmStopped,
 };
 use rustix::fs::SeekFrom;
 
+use super::counts::{Counts, FaultCounts, ImageReport};
 use super::memory::MemorySlot;
 use super::protocol::GuestRange;
 use super::send::{LaidOut, SendError, memory_file};
@@ -118,47 +119,6 @@ struct ServedSlot {
     region: usize,
 }
 
-/// What befell an image.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct ImageReport {
-    /// Its name in the snapshot.
-    pub image: String,
-    /// What was done.
-    pub counters: CountersSnapshot,
-    /// When.
-    pub timeline: TimelineReport,
-    /// Errors for which pages were withheld.
-    pub failures: Vec<String>,
-}
-
-/// What the VMM asked for, in counts.
-#[derive(Debug, Default)]
-struct Counts {
-    requests: AtomicU64,
-    pages: AtomicU64,
-    present: AtomicU64,
-    given_back: AtomicU64,
-    fetches: AtomicU64,
-    retries: AtomicU64,
-}
-
-/// What the VMM asked for, in counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct FaultCounts {
-    /// `PageFault` requests.
-    pub requests: u64,
-    /// Pages of 4 KiB in them.
-    pub pages: u64,
-    /// Of these, there already.
-    pub present: u64,
-    /// Of these, given back by the guest since, so that they are zero now.
-    pub given_back: u64,
-    /// Frames fetched for requests, retries included; those prefetched are counted with their image.
-    pub fetches: u64,
-    /// Locates and fetches repeated after an error.
-    pub retries: u64,
-}
-
 /// How serving ends.
 #[derive(Debug, Default)]
 struct Failing {
@@ -237,15 +197,7 @@ impl OnDemand {
 
     /// What was asked for so far.
     pub fn counts(&self) -> FaultCounts {
-        let get = |count: &AtomicU64| count.load(Ordering::Acquire);
-        FaultCounts {
-            requests: get(&self.counts.requests),
-            pages: get(&self.counts.pages),
-            present: get(&self.counts.present),
-            given_back: get(&self.counts.given_back),
-            fetches: get(&self.counts.fetches),
-            retries: get(&self.counts.retries),
-        }
+        self.counts.now()
     }
 
     /// Puts the pages of `range` into their memory file, if they are not there, waiting for as long as it takes.

@@ -1,5 +1,6 @@
 //! Cloud Hypervisor's part of the offload protocol, written from its documents and nothing of this crate's:
 //! `vm-migration/src/protocol.rs`, `docs/snapshot_restore.md` and the fault handler in `vmm/src/memory_manager.rs`.
+#![allow(dead_code, reason = "each test program uses its part")]
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -210,16 +211,28 @@ impl Awake {
 
     /// Compares each byte with [`word`] of `seed`; pages of a slot in an order of its own.
     pub(crate) fn verify(&self, seed: u64) {
+        self.verify_but(seed, None);
+    }
+
+    /// [`Awake::verify`], but for the word at `changed`.
+    pub(crate) fn verify_but(&self, seed: u64, changed: Option<u64>) {
         for region in self.regions.iter() {
             let pages = region.slot.bytes / PAGE;
             // Coprime to any number of pages used here, so that each comes once.
             for page in (0..pages).map(|n| n * 7919 % pages) {
                 for at in (0..PAGE).step_by(8) {
                     let gpa = region.slot.gpa + page * PAGE + at;
-                    assert_eq!(self.load(gpa), word(gpa, seed), "a wrong byte at {gpa:#x}");
+                    if Some(gpa) != changed {
+                        assert_eq!(self.load(gpa), word(gpa, seed), "a wrong byte at {gpa:#x}");
+                    }
                 }
             }
         }
+    }
+
+    /// Whether nobody answers faults any more.
+    pub(crate) fn handler_ended(&self) -> bool {
+        self.handler.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// `PageFault` requests so far.

@@ -1,5 +1,5 @@
 //! What the peer asks of the kernel, as Cloud Hypervisor does (`vmm/src/uffd.rs`).
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "what the kernel is asked for has no safe call")]
 
 use std::fs::File;
 use std::io;
@@ -44,17 +44,21 @@ impl Mapped {
         self.start as u64
     }
 
+    fn word(&self, offset: u64) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset as usize + 8 <= self.bytes);
+        // SAFETY: inside the mapping, as checked above.
+        let word = unsafe { self.start.add(offset as usize / 8) };
+        // SAFETY: aligned, mapped as long as `self`, and only ever accessed atomically by us.
+        unsafe { &*word }
+    }
+
     /// Waits for the page if it is absent.
     pub(crate) fn load(&self, offset: u64) -> u64 {
-        assert!(offset.is_multiple_of(8) && offset as usize + 8 <= self.bytes);
-        // SAFETY: aligned and inside the mapping, as checked above.
-        unsafe { (*self.start.add(offset as usize / 8)).load(Ordering::Relaxed) }
+        self.word(offset).load(Ordering::Relaxed)
     }
 
     pub(crate) fn store(&self, offset: u64, value: u64) {
-        assert!(offset.is_multiple_of(8) && offset as usize + 8 <= self.bytes);
-        // SAFETY: aligned and inside the mapping, as checked above.
-        unsafe { (*self.start.add(offset as usize / 8)).store(value, Ordering::Relaxed) }
+        self.word(offset).store(value, Ordering::Relaxed);
     }
 }
 
