@@ -213,19 +213,24 @@ impl FirstPages {
             };
             next += 1;
             drop(state);
-            if let Err(why) = sink.install(run.first, &run.bytes) {
+            let installed = sink.install(run.first, &run.bytes);
+            state = inner.state();
+            if let Err(why) = installed {
                 // The machine is gone, or its memory is not what it was: faults will tell.
                 tracing::debug!(%why, "first pages are not installed any further");
-                return;
+                state.cancelled |= !inner.keep;
+                break;
             }
-            state = inner.state();
             if !inner.keep {
                 state.bytes -= run.bytes.len();
                 state.by_first.remove(&run.first.0);
             }
         }
-        let whole = state.ended == Some(None);
+        let whole = state.ended == Some(None) && !state.cancelled;
+        // The sink holds the restore, which holds what faults are answered from, which holds this.
+        state.sink = None;
         drop(state);
+        inner.changed.notify_all();
         if whole {
             sink.installer.mark("stream ready");
             tracing::info!("the resume stream is in place");
