@@ -22,6 +22,8 @@ use crate::{
     failure::Failure,
 };
 
+/// Between two looks whether a standby is over.
+const LOOK_INTERVAL: Duration = Duration::from_millis(1);
 /// Waits are cut into pieces of this length.
 const A_WHILE: Duration = Duration::from_secs(3600);
 
@@ -167,6 +169,10 @@ pub(super) fn end(daemon: &Daemon, vm: &Vm) {
     }
     if let Some(scratch) = scratch {
         scratch.remove();
+    }
+    // What ended it comes to its end first: whoever sees that the VM is gone sees why.
+    while vm.is_busy_with("standby") {
+        thread::sleep(LOOK_INTERVAL);
     }
     vm.lock().ended_unix_ms = Some(now_unix_ms());
     let killed = vm.lock().report.as_ref().is_some_and(|r| r.killed_because.is_some());
