@@ -76,8 +76,8 @@ impl<'a> MetaPacks<'a> {
         self.placed.get(&number).copied().ok_or(StoreError::Bug("a page map was not stored"))
     }
 
-    pub(crate) fn packs(&self) -> impl Iterator<Item = PackId> + '_ {
-        self.placed.values().map(|(pack, _)| pack.id)
+    pub(crate) fn packs(&self) -> impl Iterator<Item = PackRef> + '_ {
+        self.placed.values().map(|(pack, _)| *pack)
     }
 }
 

@@ -209,3 +209,54 @@ fn repacking_keeps_identities_and_content_and_collects_what_was_wasteful() {
     memory_is(&store, "g9", &machine);
     assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
 }
+
+/// A put that is killed leaves the file it was writing, under a name that no listing shows.
+#[test]
+fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = common::encrypted_store_in(dir.path(), 3);
+    let machine = Machine::new(50, 5);
+    machine.import(&store, "a", None).unwrap();
+    let root = dir.path().join("store");
+    let whole = files_below(&root);
+    // As it happens to objects of every kind: each has one that its writer never finished, and one being written.
+    let an_hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+    let (mut old, mut young) = (Vec::new(), Vec::new());
+    for object in whole.iter().filter(|p| !p.ends_with("lock")) {
+        let staged = |number: u32| {
+            object.with_file_name(format!("{}#{number}", object.file_name().unwrap().to_str().unwrap()))
+        };
+        old.push(staged(1));
+        young.push(staged(23));
+        for path in [staged(1), staged(23)] {
+            std::fs::write(path, b"half of it").unwrap();
+        }
+        std::fs::File::options().write(true).open(staged(1)).unwrap().set_modified(an_hour_ago).unwrap();
+    }
+    assert!(old.len() >= 5, "a keyring, a reference, a root, packs: {old:?}");
+    let dry = store.gc(GcOptions { dry_run: true, ..AT_ONCE }).unwrap();
+    assert!(old.iter().chain(&young).all(|p| p.exists()));
+    let report = store.gc(AT_ONCE).unwrap();
+    for report in [dry, report] {
+        assert_eq!((report.leftover_files, report.leftover_bytes), (old.len() as u64, 10 * old.len() as u64));
+        assert_eq!((report.deleted_objects, report.condemned_objects), (0, 0));
+    }
+    assert!(old.iter().all(|p| !p.exists()) && young.iter().all(|p| p.exists()));
+    machine.remember().check(&store, "a").unwrap();
+    // Whoever takes a silent writer for dead at once sweeps at once.
+    drop(store);
+    std::thread::sleep(Duration::from_millis(5));
+    let options = dormouse_chunkstore::StoreOptions {
+        key: Some(dormouse_core::DomainKey::new([3; 32])),
+        lease: Duration::ZERO,
+        ..Default::default()
+    };
+    let hasty = Store::open(root.to_str().unwrap(), options).unwrap();
+    assert_eq!(hasty.gc(AT_ONCE).unwrap().leftover_files, young.len() as u64);
+    assert_eq!(hasty.gc(AT_ONCE).unwrap().leftover_files, 0);
+    hasty.remove(&name("a")).unwrap();
+    hasty.gc(AT_ONCE).unwrap();
+    let left = files_below(&root);
+    let kept = |p: &std::path::PathBuf| p.ends_with("lock") || p.parent().unwrap().ends_with("keys");
+    assert!(left.iter().all(kept), "the lock and the keyring: {left:?}");
+}

@@ -169,3 +169,23 @@ fn removals_and_imports_of_one_name_leave_it_whole_or_gone() {
         }
     });
 }
+
+/// An index remembers what a footer said, not what became of its pack.
+#[test]
+fn a_pack_that_was_cut_short_is_not_shared_though_its_footer_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let backend = memory_backend();
+    let [host, _] = two_hosts(&backend, dir.path());
+    let before = Machine::new(60, 8);
+    before.import(&host, "before", None).unwrap();
+    let packs = common::objects(&*backend).into_iter().filter(|(key, _)| key.contains("/packs/"));
+    let (key, bytes) = packs.max_by_key(|(_, bytes)| bytes.len()).unwrap();
+    backend.put_again(&key, bytes.slice(..bytes.len() - 100)).unwrap();
+    // The same pages: without the check, none of them would be stored.
+    let report = before.import(&host, "after", None).unwrap();
+    assert!(report.new_bytes > 0, "{report:?}");
+    before.remember().check(&fresh(&backend, None), "after").unwrap();
+    let name = Name::new("after").unwrap();
+    let report = fresh(&backend, None).verify(Some(&name), VerifyDepth::Content, &NoProgress).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+}

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Backend, ObjectMeta, PutOutcome, Version};
+use super::{Backend, Leftovers, ObjectMeta, PutOutcome, Version};
 use crate::error::{Result, StoreError};
 
 /// What was asked of a backend.
@@ -264,5 +264,9 @@ impl Backend for FaultyBackend {
         let fault = self.fault("list", prefix)?;
         self.inner.list(prefix, each)?;
         self.answer(fault, "list", prefix, ())
+    }
+
+    fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
+        self.inner.sweep_leftovers(prefix, before_unix_ms, dry_run)
     }
 }

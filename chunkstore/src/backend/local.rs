@@ -5,12 +5,14 @@
 //! file, because a file system has no compare-and-swap.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io,
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::UNIX_EPOCH,
 };
 
 use bytes::Bytes;
@@ -21,7 +23,7 @@ use rustix::{
 };
 
 use super::{
-    Backend, ObjectMeta, PutOutcome, Version,
+    Backend, Leftovers, ObjectMeta, PutOutcome, Version,
     object::{ObjectBackend, Runner},
 };
 use crate::error::{Result, StoreError};
@@ -199,4 +201,47 @@ impl Backend for LocalBackend {
         }
         self.objects.list(prefix, each)
     }
+
+    fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
+        let mut swept = Leftovers::default();
+        let mut folders = vec![self.path(prefix)];
+        while let Some(folder) = folders.pop() {
+            let error = |e| self.io_error(format!("looking for leftovers in {}", folder.display()), e);
+            let entries = match std::fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound) => continue,
+                Err(e) => return Err(error(e)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(error)?;
+                let Ok(meta) = entry.metadata() else { continue };
+                if meta.is_dir() {
+                    folders.push(entry.path());
+                } else if is_staged(&entry.file_name()) && modified_unix_ms(&meta) < before_unix_ms {
+                    swept.files += 1;
+                    swept.bytes += meta.len();
+                    if !dry_run {
+                        match std::fs::remove_file(entry.path()) {
+                            // Its writer was slow and is done after all.
+                            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                            removed => removed.map_err(error)?,
+                        }
+                    }
+                }
+            }
+        }
+        Ok(swept)
+    }
+}
+
+/// Whether a file is what `object_store` writes before it links it to its name: the name, `#` and a number.
+fn is_staged(name: &OsStr) -> bool {
+    let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+    number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+fn modified_unix_ms(meta: &std::fs::Metadata) -> u64 {
+    let since = meta.modified().ok().and_then(|m| m.duration_since(UNIX_EPOCH).ok());
+    // One whose age is not known is left alone.
+    since.map_or(u64::MAX, |d| d.as_millis() as u64)
 }

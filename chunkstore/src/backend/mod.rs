@@ -44,6 +44,15 @@ pub enum PutOutcome {
     Exists,
 }
 
+/// Objects that were begun and never finished.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// How many.
+    pub files: u64,
+    /// Bytes they take.
+    pub bytes: u64,
+}
+
 /// An object store.
 pub trait Backend: Send + Sync + Debug {
     /// The store's URL, for messages.
@@ -92,4 +101,12 @@ pub trait Backend: Send + Sync + Debug {
 
     /// Every object below `prefix`, in no particular order.
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()>;
+
+    /// Deletes what writers that died have left half written below `prefix` and no listing shows, if it was last written
+    /// before `before_unix_ms` by the store's clock; with `dry_run` only says what there is. Stores that take objects as a
+    /// whole have nothing of the kind.
+    fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
+        let _ = (prefix, before_unix_ms, dry_run);
+        Ok(Leftovers::default())
+    }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Backend, ObjectMeta, PutOutcome, Version};
+use super::{Backend, Leftovers, ObjectMeta, PutOutcome, Version};
 use crate::error::Result;
 
 /// Bytes handed over at once, as a network client would.
@@ -219,6 +219,10 @@ impl Backend for ModelledBackend {
 
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
         self.inner.list(prefix, each)
+    }
+
+    fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
+        self.inner.sweep_leftovers(prefix, before_unix_ms, dry_run)
     }
 }
 

@@ -25,6 +25,7 @@ use self::mark::Live;
 use crate::{
     backend::ObjectMeta,
     error::{Result, StoreError},
+    keys::KEYRING_PREFIX,
     store::{Store, now_unix_ms},
 };
 
@@ -70,6 +71,10 @@ pub struct GcReport {
     pub deleted_bytes: u64,
     /// Objects that had been condemned and are needed again.
     pub rescued_objects: u64,
+    /// Files that writers which died left half written in a local directory, and that were deleted.
+    pub leftover_files: u64,
+    /// Bytes of those.
+    pub leftover_bytes: u64,
 }
 
 impl Store {
@@ -175,6 +180,13 @@ impl Store {
             for stale in stale {
                 self.backend.delete(&stale)?;
             }
+        }
+        // A writer that was silent for as long as the lease is taken for dead, and so is what it was writing.
+        let before = now.saturating_sub(self.lease.as_millis() as u64);
+        for prefix in [self.keys.domain_prefix(), KEYRING_PREFIX] {
+            let swept = self.backend.sweep_leftovers(prefix, before, options.dry_run)?;
+            report.leftover_files += swept.files;
+            report.leftover_bytes += swept.bytes;
         }
         // Marks of what is needed again, or gone already.
         for (id, mark) in marks {

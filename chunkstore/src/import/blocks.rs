@@ -7,14 +7,18 @@ use std::{
     fs::File,
     ops::Range,
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Mutex, PoisonError},
 };
 
+use crossbeam::channel::Receiver;
 use dormouse_core::{ChunkId, Domain, PAGE_BYTES, PageCount, page::is_zero};
 use rustix::fs::SeekFrom;
 
-use super::request::{Dirty, ImageSource};
+use super::{
+    dirty::{data_pages, normalise, ranges_of},
+    request::{Dirty, ImageSource},
+};
 use crate::error::{Result, StoreError};
 
 /// Pages in a block: 1 MiB.
@@ -45,6 +49,7 @@ impl ImageFile {
         let dirty = match &source.dirty {
             None => None,
             Some(Dirty::Ranges(ranges)) => Some(normalise(ranges, pages, path)?),
+            Some(Dirty::Bitmap(bits)) => Some(ranges_of(bits, pages, path)?),
             Some(Dirty::FileData) => Some(data_pages(&file, bytes, path)?),
         };
         Ok(ImageFile { file, path: path.clone(), bytes, dirty })
@@ -81,46 +86,6 @@ impl ImageFile {
     }
 }
 
-fn normalise(ranges: &[Range<u64>], pages: u64, path: &Path) -> Result<Vec<Range<u64>>> {
-    let mut sorted: Vec<_> = ranges.iter().filter(|r| !r.is_empty()).cloned().collect();
-    sorted.sort_by_key(|r| r.start);
-    if let Some(bad) = sorted.iter().find(|r| r.end > pages) {
-        let why = format!(
-            "dirty pages {}..{} are outside {}, which has {pages} pages",
-            bad.start,
-            bad.end,
-            path.display()
-        );
-        return Err(StoreError::Usage(why));
-    }
-    let mut merged: Vec<Range<u64>> = Vec::with_capacity(sorted.len());
-    for range in sorted {
-        match merged.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => merged.push(range),
-        }
-    }
-    Ok(merged)
-}
-
-/// The pages a sparse file has data for.
-fn data_pages(file: &File, bytes: u64, path: &Path) -> Result<Vec<Range<u64>>> {
-    let mut ranges = Vec::new();
-    let mut at = 0;
-    while at < bytes {
-        let error = |e: rustix::io::Errno| StoreError::file("finding the holes of", path, e.into());
-        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(e) => return Err(error(e)),
-        };
-        let end = rustix::fs::seek(file, SeekFrom::Hole(start)).map_err(error)?;
-        ranges.push(start / PAGE_BYTES as u64..end.div_ceil(PAGE_BYTES as u64));
-        at = end.max(start + 1);
-    }
-    normalise(&ranges, PageCount::covering(bytes).0, path)
-}
-
 /// A block to be read.
 #[derive(Clone, Debug)]
 struct BlockPlan {
@@ -135,11 +100,13 @@ struct BlockPlan {
 pub(crate) struct BlockQueue<'a> {
     images: &'a [ImageFile],
     next: Mutex<(u64, usize, u64)>,
+    permits: Receiver<()>,
 }
 
 impl<'a> BlockQueue<'a> {
-    pub(crate) fn new(images: &'a [ImageFile]) -> Self {
-        BlockQueue { images, next: Mutex::new((0, 0, 0)) }
+    /// Each block takes a permit, so that no more are waiting for an earlier one than there are permits.
+    pub(crate) fn new(images: &'a [ImageFile], permits: Receiver<()>) -> Self {
+        BlockQueue { images, next: Mutex::new((0, 0, 0)), permits }
     }
 
     fn take(&self) -> Option<BlockPlan> {
@@ -172,8 +139,9 @@ impl<'a> BlockQueue<'a> {
         }
     }
 
-    /// Reads and hashes the next block; `None` when there are no more.
+    /// Reads and hashes the next block; `None` when there are no more, or nobody takes them.
     pub(crate) fn next_block(&self, domain: &Domain) -> Option<Result<Block>> {
+        self.permits.recv().ok()?;
         self.take().map(|plan| self.read(&plan, domain))
     }
 

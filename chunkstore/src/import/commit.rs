@@ -121,7 +121,7 @@ impl Store {
             written_unix_ms: now_unix_ms(),
             expires_unix_ms: request.expires_unix_ms,
         };
-        let mut own: HashSet<PackId> = layout.stored.iter().map(|p| p.id).collect();
+        let mut own: HashSet<PackRef> = layout.stored.iter().copied().collect();
         own.extend(meta.packs());
         let announced = self.announce(&reference)?;
         let proven = self.find_lost(&own, &layout.reused, request, parent, root_id).and_then(|lost| {
@@ -157,16 +157,16 @@ impl Store {
         Ok(report)
     }
 
-    /// Which of the packs a new snapshot needs are gone or marked for deletion. Called after it was announced.
+    /// Which of the packs a new snapshot needs are gone, cut short or marked for deletion. Called after it was announced.
     fn find_lost(
         &self,
-        own: &HashSet<PackId>,
-        reused: &HashSet<PackId>,
+        own: &HashSet<PackRef>,
+        reused: &HashSet<PackRef>,
         request: &ImportRequest,
         parent: Option<&Snapshot>,
         root: dormouse_core::RootId,
     ) -> Result<HashSet<PackId>> {
-        let mut needed: HashSet<PackId> = own.union(reused).copied().collect();
+        let mut needed: HashSet<PackRef> = own.union(reused).copied().collect();
         // As long as the parent's reference stood, whatever is reached through it was never garbage.
         if let (Some(name), Some(parent)) = (&request.parent, parent)
             && *name != request.name // The swap sees to that one.
@@ -180,8 +180,11 @@ impl Store {
         })?;
         let mut lost = HashSet::new();
         for pack in needed {
-            if marked.contains(&pack.to_string()) || self.backend.head(&self.keys.pack(pack))?.is_none() {
-                lost.insert(pack);
+            // A footer that this host has known for long says nothing of what became of its pack.
+            if marked.contains(&pack.id.to_string())
+                || self.backend.head(&self.keys.pack(pack.id))? != Some(pack.object_bytes())
+            {
+                lost.insert(pack.id);
             }
         }
         let root_lost =
@@ -194,13 +197,13 @@ impl Store {
     }
 
     /// Every pack that a snapshot needs.
-    pub(crate) fn packs_of(&self, snapshot: &Snapshot) -> Result<HashSet<PackId>> {
+    fn packs_of(&self, snapshot: &Snapshot) -> Result<HashSet<PackRef>> {
         snapshot.load_sections()?;
-        let mut packs: HashSet<PackId> = snapshot.root().packs.iter().map(|p| p.id).collect();
+        let mut packs: HashSet<PackRef> = snapshot.root().packs.iter().copied().collect();
         for (image, entry) in snapshot.root().images.iter().enumerate() {
             for index in 0..entry.sections.len() as u32 {
                 if let Some(section) = snapshot.section(image, dormouse_core::SectionIndex(index))? {
-                    packs.extend(section.packs().iter().map(|p| p.id));
+                    packs.extend(section.packs());
                 }
             }
         }

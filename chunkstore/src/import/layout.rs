@@ -55,7 +55,7 @@ pub(crate) struct Layout {
     /// Per image, its sections in order.
     pub(crate) sections: Vec<Vec<LaidOut>>,
     /// Packs of others that new page maps refer to and that are not reached through the parent.
-    pub(crate) reused: HashSet<PackId>,
+    pub(crate) reused: HashSet<PackRef>,
     /// Packs written.
     pub(crate) stored: Vec<PackRef>,
     pub(crate) stored_bytes: u64,
@@ -198,7 +198,7 @@ impl<'a> Layouter<'a> {
                 Target::At(self.table.fresh(*sequence), *slot)
             } else if let Some(place) = places.get(&i) {
                 if !self.parent_packs.contains(&place.pack.id) {
-                    self.out.reused.insert(place.pack.id);
+                    self.out.reused.insert(place.pack);
                 }
                 Target::At(self.table.known(place.pack, place.frame), place.slot)
             } else {

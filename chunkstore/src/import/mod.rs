@@ -6,6 +6,7 @@
 
 mod blocks;
 mod commit;
+mod dirty;
 mod drafts;
 mod layout;
 mod pack_writer;
@@ -14,7 +15,7 @@ mod stragglers;
 
 use std::{collections::BTreeMap, num::NonZero, thread};
 
-use crossbeam::channel::bounded;
+use crossbeam::channel::{Receiver, Sender, bounded};
 
 pub(crate) use self::layout::MAP_LEVEL;
 pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs};
@@ -37,6 +38,8 @@ use crate::{
 
 /// How often an import starts over when garbage collection took what it shared.
 const RACES_MAX: usize = 10;
+/// Blocks, and frames, that may be ahead of one that is late, for each core: what is done out of order waits in memory.
+pub(crate) const AHEAD: usize = 8;
 /// Packs uploaded at the same time. One is 12 MiB.
 const UPLOADS: usize = 4;
 
@@ -104,16 +107,19 @@ impl Store {
     ) -> Result<Layout> {
         let cores = thread::available_parallelism().map_or(2, NonZero::get);
         let failure = Failure::default();
-        let queue = BlockQueue::new(images);
+        let (block_done, block_permits) = permits(AHEAD * cores);
+        let queue = BlockQueue::new(images, block_permits);
         let laid_out = thread::scope(|scope| {
             let (block_out, blocks) = bounded(cores);
             let (raw_out, raw) = bounded(2 * cores);
             let (frame_out, frames) = bounded(2 * cores);
             let (pack_out, packs) = bounded(1);
             let (stored_out, stored) = crossbeam::channel::unbounded();
+            let (frame_done, frame_permits) = permits(AHEAD * cores);
             let (queue, failure, domain) = (&queue, &failure, &*self.domain);
             for _ in 0..cores {
                 let (block_out, raw, frame_out) = (block_out.clone(), raw.clone(), frame_out.clone());
+                let permits = frame_permits.clone();
                 scope.spawn(move || {
                     while let Some(block) = queue.next_block(domain) {
                         if failure.is_set() || block_out.send(block).is_err() {
@@ -121,16 +127,18 @@ impl Store {
                         }
                     }
                 });
-                scope.spawn(move || compress_frames(domain, request.level, &raw, &frame_out));
+                scope.spawn(move || compress_frames(domain, request.level, &raw, &permits, &frame_out));
             }
             // The channels must close when their last user ends; these are not users.
             drop((block_out, raw, frame_out));
-            scope.spawn(move || fill_packs(domain, packing, &frames, &pack_out));
+            scope.spawn(move || fill_packs(domain, packing, &frames, frame_done, &pack_out));
             for _ in 0..UPLOADS {
                 let (packs, stored_out) = (packs.clone(), stored_out.clone());
                 scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
             }
             drop((packs, stored_out));
+            // Whichever way this ends: who waits for a permit then is told.
+            let block_done = block_done;
             let mut layouter = Layouter::new(self, index, images, bases, raw_out, stored, progress);
             let mut early = BTreeMap::new();
             let mut next = 0;
@@ -139,6 +147,8 @@ impl Store {
                 early.insert(block.sequence, block);
                 while let Some(block) = early.remove(&next) {
                     next += 1;
+                    // There are as many permits as there is room for.
+                    let _ = block_done.try_send(());
                     if failure.is_set() || !layouter.add(&block)? {
                         return Ok(None);
                     }
@@ -150,6 +160,16 @@ impl Store {
         failure.take()?;
         laid_out?.ok_or(StoreError::Bug("the import stopped without a reason"))
     }
+}
+
+/// Permits for so many items to be under way between two stages. A worker takes one before it takes an item, and the stage
+/// that puts items back into order gives one for each it has passed on: none is far ahead of one that is late.
+pub(crate) fn permits(most: usize) -> (Sender<()>, Receiver<()>) {
+    let (give, take) = bounded(most);
+    (0..most).for_each(|_| {
+        let _ = give.try_send(());
+    });
+    (give, take)
 }
 
 fn check(request: &ImportRequest) -> Result<()> {

@@ -111,14 +111,16 @@ impl Packing {
     }
 }
 
-/// Compresses frames until there are no more.
+/// Compresses frames until there are no more, each by a permit of who puts them into order.
 pub(crate) fn compress_frames(
     domain: &Domain,
     level: i32,
     jobs: &Receiver<RawJob>,
+    permits: &Receiver<()>,
     out: &Sender<(FrameSequence, PackJob)>,
 ) {
-    for job in jobs {
+    while permits.recv().is_ok() {
+        let Ok(job) = jobs.recv() else { return };
         let done = match job {
             RawJob::Frame { sequence, raw, chunks } => {
                 (sequence, PackJob::Frame { frame: EncodedFrame::encode(domain, &raw, level), chunks })
@@ -131,11 +133,12 @@ pub(crate) fn compress_frames(
     }
 }
 
-/// Puts frames into packs in order of their numbers until there are no more.
+/// Puts frames into packs in order of their numbers until there are no more, and gives a permit for each.
 pub(crate) fn fill_packs(
     domain: &Domain,
     packing: Packing,
     frames: &Receiver<(FrameSequence, PackJob)>,
+    done: Sender<()>,
     out: &Sender<ClosedPack>,
 ) {
     let mut waiting = BTreeMap::new();
@@ -161,6 +164,8 @@ pub(crate) fn fill_packs(
                 }
             };
             next += 1;
+            // There are as many permits as there is room for.
+            let _ = done.try_send(());
             if full && !close(&mut builder, &mut placed) {
                 return;
             }
@@ -190,5 +195,54 @@ pub(crate) fn upload_packs(
         if out.send(stored).is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use crossbeam::channel::{bounded, unbounded};
+
+    use super::*;
+    use crate::import::permits;
+
+    /// Compresses frames 1 to 40 while frame 0 is late; how many came out before it did.
+    #[test]
+    fn a_late_frame_holds_up_the_others_before_they_fill_the_memory() {
+        let domain = Domain::plain();
+        let (raw_out, raw) = unbounded();
+        for sequence in 1..=40 {
+            let job = RawJob::Frame { sequence, raw: vec![7; 4096], chunks: vec![ChunkId([7; 32])] };
+            raw_out.send(job).unwrap();
+        }
+        drop(raw_out);
+        let (frame_out, frames) = bounded(4);
+        let (pack_out, packs) = unbounded();
+        let (done, take) = permits(5);
+        thread::scope(|scope| {
+            // Frame 0 has the first permit, and its worker sleeps until all others are used up.
+            take.recv().unwrap();
+            let late = frame_out.clone();
+            let worker = scope.spawn({
+                let (domain, raw, take) = (&domain, &raw, take.clone());
+                move || compress_frames(domain, 1, raw, &take, &frame_out)
+            });
+            let filler = scope.spawn(|| fill_packs(&domain, Packing::default(), &frames, done, &pack_out));
+            while raw.len() > 36 || !take.is_empty() {
+                thread::yield_now();
+            }
+            assert_eq!(raw.len(), 36, "four more than the late one, and no further");
+            assert!(!worker.is_finished());
+            let frame = EncodedFrame::encode(&domain, &[3; 4096], 1);
+            late.send((0, PackJob::Frame { frame, chunks: vec![ChunkId([3; 32])] })).unwrap();
+            drop(late);
+            worker.join().unwrap();
+            filler.join().unwrap();
+        });
+        drop(pack_out);
+        let frames: Vec<_> =
+            packs.iter().flat_map(|pack| pack.frames).map(|(sequence, _)| sequence).collect();
+        assert!(frames.into_iter().eq(0..=40));
     }
 }

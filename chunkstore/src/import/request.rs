@@ -13,6 +13,9 @@ pub const DEFAULT_LEVEL: i32 = 6;
 pub enum Dirty {
     /// These ranges of pages; everything else is as in the parent, and is not read.
     Ranges(Vec<Range<u64>>),
+    /// A bit for each page, the lowest bit of the first byte for the first page, as KVM's dirty log has them; bytes
+    /// may be added up to the next multiple of eight, whose bits are zero.
+    Bitmap(Vec<u8>),
     /// Whatever the file has data for; its holes are as in the parent (Firecracker's diff snapshots).
     FileData,
 }

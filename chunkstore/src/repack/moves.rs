@@ -15,7 +15,7 @@ use super::{RepackReport, each_extent};
 use crate::{
     error::{Result, StoreError},
     frame_cache::DecodedFrame,
-    import::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs},
+    import::{AHEAD, Failure, Packing, RawJob, compress_frames, fill_packs, permits, upload_packs},
     progress::Progress,
     similar::{grouped, signature},
     snapshot::Snapshot,
@@ -82,13 +82,14 @@ impl Store {
             let (frame_out, frames) = bounded(2 * cores);
             let (pack_out, packs) = bounded(1);
             let (stored_out, stored) = crossbeam::channel::unbounded();
+            let (frame_done, permits) = permits(AHEAD * cores);
             let (failure, domain) = (&failure, &*self.domain);
             for _ in 0..cores {
-                let (raw, frame_out) = (raw.clone(), frame_out.clone());
-                scope.spawn(move || compress_frames(domain, level, &raw, &frame_out));
+                let (raw, frame_out, permits) = (raw.clone(), frame_out.clone(), permits.clone());
+                scope.spawn(move || compress_frames(domain, level, &raw, &permits, &frame_out));
             }
             drop((raw, frame_out));
-            scope.spawn(move || fill_packs(domain, Packing::dense(), &frames, &pack_out));
+            scope.spawn(move || fill_packs(domain, Packing::dense(), &frames, frame_done, &pack_out));
             scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
             for (sequence, pages) in moves.order.chunks(FRAME_PAGES_MAX).enumerate() {
                 let (raw, chunks) = self.gather_pages(victims, pages)?;

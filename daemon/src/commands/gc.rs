@@ -48,6 +48,10 @@ fn print_text(out: &mut dyn Write, report: &GcReport) -> io::Result<()> {
         report.condemned_objects,
         report.condemned_bytes,
     )?;
+    if report.leftover_files > 0 {
+        let bytes = human::bytes(report.leftover_bytes);
+        writeln!(out, "{would}deleted, as their writers died: {} files, {bytes}", report.leftover_files)?;
+    }
     if report.rescued_objects > 0 {
         writeln!(out, "{would}kept after all: {} objects", report.rescued_objects)?;
     }

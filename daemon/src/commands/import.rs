@@ -53,6 +53,10 @@ pub(crate) struct ImportArgs {
     #[arg(long, value_name = "ID=RANGES", requires = "parent")]
     dirty: Vec<DirtyPages>,
 
+    /// As --dirty, from a bitmap: a bit for each page of 4 KiB, lowest first, as KVM_GET_DIRTY_LOG gives it
+    #[arg(long, value_name = "ID=FILE", requires = "parent")]
+    dirty_bitmap: Vec<Part>,
+
     /// Something to remember about the snapshot; may be given again
     #[arg(long, value_name = "KEY=VALUE")]
     label: Vec<Label>,
@@ -98,7 +102,13 @@ fn request(args: ImportArgs) -> Result<ImportRequest, Failure> {
     distinct("--state", args.state.iter().map(|s| &s.id))?;
     let diffs = args.diff.into_iter().map(|id| ("--diff", id, Dirty::FileData));
     let dirty = args.dirty.into_iter().map(|d| ("--dirty", d.id, Dirty::Ranges(d.ranges)));
-    for (option, id, dirty) in diffs.chain(dirty) {
+    let mut bitmaps = Vec::new();
+    for Part { id, file } in args.dirty_bitmap {
+        let bits = std::fs::read(&file)
+            .map_err(|e| Failure::usage(format!("--dirty-bitmap {id}: reading {}: {e}", file.display())))?;
+        bitmaps.push(("--dirty-bitmap", id, Dirty::Bitmap(bits)));
+    }
+    for (option, id, dirty) in diffs.chain(dirty).chain(bitmaps) {
         let image = images.iter_mut().find(|i| i.id == id).ok_or_else(|| {
             Failure::usage(format!(
                 "{option} {id}: no image of this import is called so; give its --memory or --disk"
@@ -106,7 +116,7 @@ fn request(args: ImportArgs) -> Result<ImportRequest, Failure> {
         })?;
         if image.dirty.replace(dirty).is_some() {
             return Err(Failure::usage(format!(
-                "what changed in {id} is given twice; give one --diff or --dirty"
+                "what changed in {id} is given twice; give one --diff, --dirty or --dirty-bitmap"
             )));
         }
     }

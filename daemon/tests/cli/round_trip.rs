@@ -146,6 +146,42 @@ fn a_failed_export_touches_no_file() {
 }
 
 #[test]
+fn a_bitmap_of_dirty_pages_is_as_good_as_their_ranges() {
+    let home = Home::new();
+    let parent = image(1, 1000, 0);
+    fs::write(home.path("parent"), &parent).unwrap();
+    let mut child = parent;
+    let (mut words, pages) = (vec![0u64; 1000usize.div_ceil(64)], [0usize, 63, 64, 700, 701, 999]);
+    for page in pages {
+        child[4096 * page..4096 * (page + 1)].fill(3);
+        // As KVM has them: words of 64 bits, the lowest bit first.
+        words[page / 64] |= 1 << (page % 64);
+    }
+    let bits: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    fs::write(home.path("child"), &child).unwrap();
+    home.done(&["import", "p", "--memory", "parent"]);
+    for (name, bytes) in [("a", bits.len()), ("b", 125)] {
+        fs::write(home.path("bits"), &bits[..bytes]).unwrap();
+        let bitmap = format!("memory={}", home.path("bits").display());
+        let import =
+            ["import", name, "--parent", "p", "--memory", "child", "--dirty-bitmap", bitmap.as_str()];
+        let report = home.json(&import);
+        assert_eq!(report["read_bytes"], 6 * 4096, "only what changed is read");
+        home.done(&["export", name, "--memory", "copy"]);
+        assert!(fs::read(home.path("copy")).unwrap() == child);
+    }
+    fs::write(home.path("bits"), &bits[..100]).unwrap();
+    let bitmap = format!("memory={}", home.path("bits").display());
+    let wrong = ["import", "c", "--parent", "p", "--memory", "child", "--dirty-bitmap", bitmap.as_str()];
+    let ran = home.run(&wrong);
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
+    assert!(ran.stderr.contains("has 100 bytes; its 1000 pages of 4 KiB take 125"), "{}", ran.stderr);
+    let twice = [&wrong[..], &["--dirty", "memory=0..1"]].concat();
+    assert!(home.run(&twice).stderr.contains("given twice"));
+    assert_eq!(home.run(&["import", "c", "--memory", "child", "--dirty-bitmap", &bitmap]).code, 2);
+}
+
+#[test]
 fn dirty_pages_are_read_and_everything_else_is_the_parents() {
     let home = Home::new();
     let parent = image(1, 1000, 0);
