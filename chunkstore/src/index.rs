@@ -34,6 +34,8 @@ struct Memory {
     chunks: HashMap<ChunkId, PagePlace>,
     packs: HashSet<PackId>,
     forgotten: HashSet<PackId>,
+    /// Packs that were lost while this index was open: they may still be listed, and are not to be learned again.
+    lost: HashSet<PackId>,
 }
 
 impl Index {
@@ -55,9 +57,11 @@ impl Index {
 
     /// Whether the pages of a pack are in the index.
     pub(crate) fn knows(&self, pack: PackId) -> bool {
-        if self.memory().packs.contains(&pack) {
+        let memory = self.memory();
+        if memory.packs.contains(&pack) || memory.lost.contains(&pack) {
             return true;
         }
+        drop(memory);
         let known = || {
             let table = self.database.as_ref()?.begin_read().ok()?.open_table(PACKS).ok()?;
             table.get(pack.0).ok().flatten().map(drop)
@@ -103,7 +107,8 @@ impl Index {
         for (i, id) in ids.iter().enumerate() {
             let stored = || decode(table.as_ref()?.get(id.0).ok()??.value());
             let place = memory.chunks.get(id).copied().or_else(stored);
-            if let Some(place) = place.filter(|p| !memory.forgotten.contains(&p.pack.id)) {
+            let lost = |pack| memory.forgotten.contains(&pack) || memory.lost.contains(&pack);
+            if let Some(place) = place.filter(|p| !lost(p.pack.id)) {
                 found(i, place);
             }
         }
@@ -122,6 +127,12 @@ impl Index {
             }
         }
         found
+    }
+
+    /// Forgets packs that are about to be deleted, and does not learn them again as long as it is open.
+    pub(crate) fn lose(&self, packs: &HashSet<PackId>) {
+        self.memory().lost.extend(packs);
+        self.forget(packs);
     }
 
     /// Forgets packs that are no longer in the store.

@@ -17,6 +17,7 @@ mod index;
 mod keyring;
 mod keys;
 mod meta_packs;
+mod new_root;
 mod parallel;
 mod progress;
 mod refs;

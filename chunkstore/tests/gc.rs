@@ -260,3 +260,70 @@ fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure
     let kept = |p: &std::path::PathBuf| p.ends_with("lock") || p.parent().unwrap().ends_with("keys");
     assert!(left.iter().all(kept), "the lock and the keyring: {left:?}");
 }
+
+#[test]
+fn repacking_a_little_at_a_time_ends_where_repacking_at_once_does() {
+    use dormouse_chunkstore::RepackOptions;
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let mut machine = Machine::new(400, 30);
+    machine.import(&store, "g0", None).unwrap();
+    for generation in 1..6u64 {
+        machine.change(generation, 60);
+        machine.import(&store, &format!("g{generation}"), Some(&format!("g{}", generation - 1))).unwrap();
+    }
+    let ids = |store: &Store| -> Vec<_> {
+        store.list().unwrap().into_iter().map(|s| (s.name, s.snapshot)).collect()
+    };
+    let (before, used) = (ids(&store), store.usage().unwrap().total);
+    let options = RepackOptions { level: 3, max_bytes: Some(150_000), ..Default::default() };
+    let dry = store.repack(RepackOptions { dry_run: true, ..options }, &NoProgress).unwrap();
+    let (mut rounds, mut left) = (0, 6);
+    loop {
+        let report = store.repack(options, &NoProgress).unwrap();
+        if report.rewritten_packs == 0 {
+            assert_eq!((left, report.new_bytes), (0, 0));
+            break;
+        }
+        if rounds == 0 {
+            assert_eq!((dry.rewritten_packs, dry.left_packs), (report.rewritten_packs, report.left_packs));
+            assert_eq!(
+                report.rewritten_packs, 1,
+                "the first is larger than the bound, and one there must be"
+            );
+        } else {
+            assert!(report.rewritten_bytes <= 150_000, "{report:?}");
+        }
+        assert_eq!(report.left_packs, left - report.rewritten_packs, "{report:?}");
+        left = report.left_packs;
+        rounds += 1;
+        store.gc(AT_ONCE).unwrap();
+        memory_is(&store, "g5", &machine);
+    }
+    assert!((3..=6).contains(&rounds), "{rounds}");
+    assert_eq!(ids(&store), before);
+    assert!(store.usage().unwrap().total.unique_bytes <= used.unique_bytes);
+    assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
+}
+
+#[test]
+fn what_is_condemned_and_not_yet_deleted_is_not_shared_again_and_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let machine = Machine::new(50, 5);
+    machine.import(&store, "a", None).unwrap();
+    store.remove(&name("a")).unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    let soon = GcOptions { grace: Duration::from_millis(1), dry_run: false };
+    assert!(store.gc(soon).unwrap().condemned_objects >= 2);
+    // The same pages, by the host that knows them and by one that finds them in the listing.
+    let stranger = common::store_with_cache(dir.path(), "stranger");
+    for (name, store) in [("b", &store), ("c", &stranger)] {
+        machine.import(store, name, None).unwrap();
+        memory_is(store, name, &machine);
+    }
+    store.gc(AT_ONCE).unwrap();
+    store.gc(AT_ONCE).unwrap();
+    memory_is(&store, "b", &machine);
+    assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
+}

@@ -23,7 +23,7 @@ pub(crate) struct Lease<'a> {
 
 impl Lease<'_> {
     /// Renews the lease if it is time.
-    pub(super) fn keep(&mut self) -> Result<()> {
+    pub(crate) fn keep(&mut self) -> Result<()> {
         if self.renewed.elapsed() < self.store.lease / 4 { Ok(()) } else { self.renew() }
     }
 

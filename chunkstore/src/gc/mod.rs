@@ -154,6 +154,15 @@ impl Store {
             names.extend(self.mark(&seen, now, &mut live, keep)?);
         }
         self.collect_streams(&names, options.dry_run, report)?;
+        // What was condemned just now and is needed after all is not to frighten writers until the next collection.
+        let rescued = doomed.iter().filter(|meta| live.ids.contains(last(&meta.key)));
+        let rescued: Vec<&ObjectMeta> =
+            rescued.filter(|meta| !marks.contains_key(last(&meta.key))).copied().collect();
+        if !options.dry_run {
+            report.rescued_objects += rescued.len() as u64;
+            let unmark = |meta: &ObjectMeta| self.backend.delete(&self.keys.condemned(&meta.key));
+            self.side_by_side(rescued, unmark, |()| Ok(()))?;
+        }
         doomed.retain(|meta| !live.ids.contains(last(&meta.key)));
         report.deleted_objects += doomed.len() as u64;
         report.deleted_bytes += doomed.iter().map(|meta| meta.bytes).sum::<u64>();

@@ -128,7 +128,7 @@ impl Store {
             if lost.is_empty() {
                 return Ok(());
             }
-            index.forget(&lost);
+            index.lose(&lost);
             Err(StoreError::LostRace { packs: lost.len() })
         });
         let moved = proven.and_then(|()| {

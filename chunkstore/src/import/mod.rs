@@ -91,8 +91,18 @@ impl Store {
         let images = request.images.iter().map(ImageFile::open).collect::<Result<Vec<_>>>()?;
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
-        let layout = self.lay_out(request, index, &images, bases, packing, progress)?;
-        self.commit(request, &images, parent.as_ref(), layout, (current, version), index, packing)
+        let done = self.lay_out(request, index, &images, bases, packing, progress).and_then(|layout| {
+            self.commit(request, &images, parent.as_ref(), layout, (current, version), index, packing)
+        });
+        match (&done, &parent) {
+            // It was repacked meanwhile, and what it stood for collected: it is all there, elsewhere.
+            (Err(StoreError::Missing { .. }), Some(parent))
+                if self.reference(&parent.reference().name)?.0.as_ref() != Some(parent.reference()) =>
+            {
+                Err(StoreError::LostRace { packs: 1 })
+            }
+            _ => done,
+        }
     }
 
     /// Runs the pipeline.

@@ -22,7 +22,8 @@ use crate::{
     error::{Result, StoreError},
     import::Packing,
     index::Index,
-    meta_packs::{MetaPacks, PackTable},
+    meta_packs::MetaPacks,
+    new_root::NewRoot,
     progress::Progress,
     snapshot::Snapshot,
     store::{Store, now_unix_ms},
@@ -42,11 +43,13 @@ pub struct RepackOptions {
     pub level: i32,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// Rewrite no more bytes of packs than this, but one pack at least; `None` for all there are. Page maps come on top.
+    pub max_bytes: Option<u64>,
 }
 
 impl Default for RepackOptions {
     fn default() -> Self {
-        RepackOptions { level: DENSE_LEVEL, dry_run: false }
+        RepackOptions { level: DENSE_LEVEL, dry_run: false, max_bytes: None }
     }
 }
 
@@ -61,6 +64,8 @@ pub struct RepackReport {
     pub rewritten_packs: u64,
     /// Bytes of those.
     pub rewritten_bytes: u64,
+    /// Page packs worth rewriting that are left for the next time.
+    pub left_packs: u64,
     /// Page packs made.
     pub new_packs: u64,
     /// Bytes of all objects made.
@@ -74,6 +79,15 @@ pub struct RepackReport {
 /// The frames of a pack that somebody needs, by offset, and which of their slots.
 type LiveFrames = HashMap<u32, (FrameRef, u32)>;
 
+/// A pack worth rewriting.
+struct Wasteful {
+    /// Whether most of it is in use, and it only is not dense.
+    in_use: bool,
+    /// How many others are mapped before it.
+    first_seen: usize,
+    victim: Victim,
+}
+
 impl Store {
     /// Moves live pages out of wasteful packs. Run [`Store::gc`] afterwards to win the room.
     pub fn repack(&self, options: RepackOptions, progress: &dyn Progress) -> Result<RepackReport> {
@@ -83,7 +97,7 @@ impl Store {
         }
         let mut lease = if options.dry_run { None } else { Some(self.take_lease()?) };
         let done = self.repack_leased(options, progress, &mut report, &mut || match &mut lease {
-            Some(lease) => lease.renew(),
+            Some(lease) => lease.keep(),
             None => Ok(()),
         });
         let released = lease.map_or(Ok(()), |l| l.release());
@@ -114,14 +128,14 @@ impl Store {
         })?;
         snapshots.sort_by_key(|s| (s.root().created_unix_ms, s.reference().name.clone()));
 
-        let victims = self.choose(&snapshots, report)?;
+        let victims = self.choose(&snapshots, options.max_bytes, report)?;
         if victims.is_empty() || options.dry_run {
             return Ok(());
         }
         let mut moves = self.order(&snapshots, &victims)?;
         self.group_similar(&mut moves)?;
         progress.begin((moves.order.len() * dormouse_core::PAGE_BYTES) as u64);
-        let places = self.move_pages(&victims, &moves, options.level, progress, report)?;
+        let places = self.move_pages(&victims, &moves, options.level, progress, renew, report)?;
         renew()?;
 
         let mut sections = HashMap::new();
@@ -129,17 +143,23 @@ impl Store {
         let mut moved = Vec::new();
         for snapshot in &snapshots {
             if uses(snapshot, &victims)? {
-                moved.push((
-                    snapshot,
-                    self.move_maps(snapshot, &moves, &places, &mut sections, &mut meta, options)?,
-                ));
+                let moves = (&moves, &places[..]);
+                let root = self.move_maps(snapshot, moves, &victims, &mut sections, &mut meta, options)?;
+                moved.push((snapshot, root));
             }
         }
         meta.close()?;
         report.new_bytes += meta.bytes;
-        for (snapshot, maps) in moved {
+        for (snapshot, root) in moved {
+            let Some(root) = root.finish(snapshot.root(), &meta)? else { continue };
             renew()?;
-            self.move_root(snapshot, maps, &meta, report)?;
+            match self.point_to(snapshot.reference(), &root)? {
+                Some(root_bytes) => {
+                    report.moved_snapshots += 1;
+                    report.new_bytes += root_bytes;
+                }
+                None => report.skipped_snapshots.push(snapshot.reference().name.to_string()),
+            }
         }
         let index = Index::open(self.cache_dir());
         index.forget(&victims.keys().copied().collect());
@@ -147,18 +167,25 @@ impl Store {
     }
 
     /// Which packs are worth rewriting.
-    fn choose(&self, snapshots: &[Snapshot], report: &mut RepackReport) -> Result<HashMap<PackId, Victim>> {
-        let mut live: HashMap<PackId, (PackRef, LiveFrames)> = HashMap::new();
+    fn choose(
+        &self,
+        snapshots: &[Snapshot],
+        max_bytes: Option<u64>,
+        report: &mut RepackReport,
+    ) -> Result<HashMap<PackId, Victim>> {
+        let mut live: HashMap<PackId, (usize, PackRef, LiveFrames)> = HashMap::new();
         for snapshot in snapshots {
             snapshot.load_sections()?;
             each_extent(snapshot, |pack, frame, slot, pages| {
-                let frames = &mut live.entry(pack.id).or_insert_with(|| (pack, HashMap::new())).1;
+                let first_seen = live.len();
+                let frames = live.entry(pack.id).or_insert_with(|| (first_seen, pack, HashMap::new()));
+                let frames = &mut frames.2;
                 let slots = (u64::MAX >> (64 - pages)) << slot.get();
                 frames.entry(frame.offset).or_insert((frame, 0)).1 |= slots as u32;
             })?;
         }
         report.packs = live.len() as u64;
-        let look = |(pack, frames): (PackRef, LiveFrames)| {
+        let look = |(first_seen, pack, frames): (usize, PackRef, LiveFrames)| {
             let key = self.keys.pack(pack.id);
             let end = pack.object_bytes();
             let trailer = self.backend.get(&key, Some(end - TRAILER_BYTES as u64..end))?;
@@ -171,96 +198,86 @@ impl Store {
                     f64::from(f.stored_bytes) * f64::from(slots.count_ones()) / (f.pages().max(1) as f64)
                 })
                 .sum();
-            let wasteful = !dense || live_bytes < LIVE_SHARE_MIN * f64::from(pack.footer_offset);
-            Ok(if wasteful { Some(Victim { pack, footer: self.read_footer(&pack)? }) } else { None })
+            let in_use = live_bytes >= LIVE_SHARE_MIN * f64::from(pack.footer_offset);
+            if dense && in_use {
+                return Ok(None);
+            }
+            let victim = Victim { pack, footer: self.read_footer(&pack)? };
+            Ok(Some(Wasteful { in_use, first_seen, victim }))
         };
-        let mut victims = HashMap::new();
+        let mut wasteful = Vec::new();
         self.side_by_side(live.into_values().collect(), look, |victim| {
-            victims.extend(victim.map(|victim| (victim.pack.id, victim)));
+            wasteful.extend(victim);
             Ok(())
         })?;
-        report.rewritten_packs = victims.len() as u64;
-        report.rewritten_bytes = victims.values().map(|v| v.pack.object_bytes()).sum();
+        // What is mostly garbage first; of the rest, what the oldest snapshots share, which lies together.
+        wasteful.sort_by_key(|w| (w.in_use, w.first_seen));
+        let (mut victims, mut bytes) = (HashMap::new(), 0);
+        for Wasteful { victim, .. } in wasteful {
+            bytes += victim.pack.object_bytes();
+            if victims.is_empty() || max_bytes.is_none_or(|most| bytes <= most) {
+                report.rewritten_packs += 1;
+                report.rewritten_bytes += victim.pack.object_bytes();
+                victims.insert(victim.pack.id, victim);
+            } else {
+                report.left_packs += 1;
+            }
+        }
         Ok(victims)
     }
 
-    /// Rewrites a snapshot's page maps; gives for each section and blob piece its number in `meta`.
+    /// Rewrites a snapshot's page maps: all of them, or with a bound on what is rewritten those whose pages moved.
     fn move_maps(
         &self,
         snapshot: &Snapshot,
-        moves: &Moves,
-        places: &[PagePlace],
+        (moves, places): (&Moves, &[PagePlace]),
+        victims: &HashMap<PackId, Victim>,
         done: &mut HashMap<(PackId, u32), usize>,
         meta: &mut MetaPacks<'_>,
         options: RepackOptions,
-    ) -> Result<Vec<usize>> {
+    ) -> Result<NewRoot> {
         let root = snapshot.root();
-        let mut numbers = Vec::new();
+        let all = options.max_bytes.is_none();
+        let mut new = NewRoot::default();
         for (image, entry) in root.images.iter().enumerate() {
             for (index, section_entry) in entry.sections.iter().enumerate() {
                 let Some(section_entry) = section_entry else { continue };
-                let pack = root.packs[section_entry.at.pack as usize].id;
+                let pack = root.packs[section_entry.at.pack as usize];
                 // Generations share sections, and go on sharing them.
-                if let Some(number) = done.get(&(pack, section_entry.at.offset)) {
-                    numbers.push(*number);
+                if let Some(number) = done.get(&(pack.id, section_entry.at.offset)) {
+                    new.take(*number);
                     continue;
                 }
                 let section = snapshot.section(image, SectionIndex(index as u32))?;
                 let section = section.ok_or(StoreError::Bug("a section is not where its root says"))?;
+                if !all && !section.packs().iter().any(|p| victims.contains_key(&p.id)) {
+                    new.keep(pack, section_entry.at);
+                    continue;
+                }
                 let rewritten = rewrite(&section, moves, places)?;
                 let frame = EncodedFrame::encode(&self.domain, &rewritten.encode(), DENSE_MAP_LEVEL);
                 let number = meta.push(FrameKind::Section, &frame)?;
-                done.insert((pack, section_entry.at.offset), number);
-                numbers.push(number);
+                done.insert((pack.id, section_entry.at.offset), number);
+                new.take(number);
             }
         }
         for piece in root.blobs.iter().flat_map(|b| &b.pieces) {
-            let pack = root.packs[piece.pack as usize].id;
-            if let Some(number) = done.get(&(pack, piece.offset)) {
-                numbers.push(*number);
+            let pack = root.packs[piece.pack as usize];
+            if let Some(number) = done.get(&(pack.id, piece.offset)) {
+                new.take(*number);
                 continue;
             }
-            let raw = self.read_frame(pack, piece)?;
+            if !all {
+                new.keep(pack, *piece);
+                continue;
+            }
+            let raw = self.read_frame(pack.id, piece)?;
             let number =
                 meta.push(FrameKind::Blob, &EncodedFrame::encode(&self.domain, &raw, options.level))?;
-            done.insert((pack, piece.offset), number);
-            numbers.push(number);
+            done.insert((pack.id, piece.offset), number);
+            new.take(number);
         }
-        Ok(numbers)
-    }
-
-    /// Writes a snapshot's new root and moves its reference there.
-    fn move_root(
-        &self,
-        snapshot: &Snapshot,
-        numbers: Vec<usize>,
-        meta: &MetaPacks<'_>,
-        report: &mut RepackReport,
-    ) -> Result<()> {
-        let mut root: Root = snapshot.root().clone();
-        let mut table = PackTable::default();
-        let mut numbers = numbers.into_iter();
-        let mut place = |at: &mut FrameRef| {
-            let number = numbers.next().ok_or(StoreError::Bug("a page map was not written"))?;
-            *at = table.place(meta.get(number)?);
-            Ok::<_, StoreError>(())
-        };
-        for section in root.images.iter_mut().flat_map(|i| &mut i.sections).flatten() {
-            place(&mut section.at)?;
-        }
-        for piece in root.blobs.iter_mut().flat_map(|b| &mut b.pieces) {
-            place(piece)?;
-        }
-        root.packs = table.packs;
-        let old = snapshot.reference();
-        match self.point_to(old, &root)? {
-            Some(root_bytes) => {
-                report.moved_snapshots += 1;
-                report.new_bytes += root_bytes;
-            }
-            None => report.skipped_snapshots.push(old.name.to_string()),
-        }
-        Ok(())
+        Ok(new)
     }
 
     /// Moves a reference to a root of the same snapshot; the root's bytes, or `None` if somebody else moved it meanwhile.

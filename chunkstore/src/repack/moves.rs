@@ -73,6 +73,7 @@ impl Store {
         moves: &Moves,
         level: i32,
         progress: &dyn Progress,
+        renew: &mut dyn FnMut() -> Result<()>,
         report: &mut RepackReport,
     ) -> Result<Vec<PagePlace>> {
         let cores = thread::available_parallelism().map_or(2, std::num::NonZero::get);
@@ -92,6 +93,7 @@ impl Store {
             scope.spawn(move || fill_packs(domain, Packing::dense(), &frames, frame_done, &pack_out));
             scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
             for (sequence, pages) in moves.order.chunks(FRAME_PAGES_MAX).enumerate() {
+                renew()?;
                 let (raw, chunks) = self.gather_pages(victims, pages)?;
                 progress.advance(raw.len() as u64);
                 if raw_out.send(RawJob::Frame { sequence: sequence as u32, raw, chunks }).is_err() {

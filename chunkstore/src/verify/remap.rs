@@ -6,7 +6,7 @@ use std::{
 };
 
 use dormouse_core::{
-    FrameRef, PackId, PackRef, Root, Section, SectionBuilder, SectionIndex, Slot,
+    FrameRef, PackId, Section, SectionBuilder, SectionIndex, Slot,
     frame::EncodedFrame,
     pack::FrameKind,
     section::{Extent, PagePlace},
@@ -15,7 +15,8 @@ use dormouse_core::{
 use crate::{
     error::{Result, StoreError},
     import::MAP_LEVEL,
-    meta_packs::{MetaPacks, PackTable},
+    meta_packs::MetaPacks,
+    new_root::NewRoot,
     snapshot::Snapshot,
 };
 
@@ -42,18 +43,6 @@ pub(super) struct Recovered {
     pub(super) pieces: HashMap<Place, usize>,
 }
 
-/// Where a part of a root is to be found.
-enum Part {
-    Kept(PackRef, FrameRef),
-    New(usize),
-}
-
-/// A root in the making: its parts in the order of images and sections, then of blobs and pieces.
-pub(super) struct NewRoot {
-    parts: Vec<Part>,
-    changed: bool,
-}
-
 impl Recovered {
     /// Writes the page maps of a snapshot anew that refer to what was moved, or were. `done` has those that other
     /// snapshots share.
@@ -65,7 +54,7 @@ impl Recovered {
         done: &mut HashMap<Place, usize>,
     ) -> Result<NewRoot> {
         let root = snapshot.root();
-        let mut new = NewRoot { parts: Vec::new(), changed: false };
+        let mut new = NewRoot::default();
         for (image, entry) in root.images.iter().enumerate() {
             for (index, section) in (0..).zip(&entry.sections) {
                 let Some(section) = section else { continue };
@@ -81,7 +70,7 @@ impl Recovered {
                     None => snapshot.section(image, SectionIndex(index)).ok().flatten(),
                 };
                 match map.filter(|map| self.bad.contains(&pack.id) || self.concerns(map)) {
-                    None => new.parts.push(Part::Kept(pack, section.at)),
+                    None => new.keep(pack, section.at),
                     Some(map) => {
                         let map = self.rewrite(&map, pages)?;
                         let frame = EncodedFrame::encode(snapshot.store().domain(), &map.encode(), MAP_LEVEL);
@@ -96,7 +85,7 @@ impl Recovered {
             let pack = root.packs[piece.pack as usize];
             match self.pieces.get(&(pack.id, piece.offset)) {
                 Some(number) => new.take(*number),
-                None => new.parts.push(Part::Kept(pack, *piece)),
+                None => new.keep(pack, *piece),
             }
         }
         Ok(new)
@@ -131,39 +120,5 @@ impl Recovered {
         }
         let rewritten = builder.finish().filter(|new| new.stored_pages() == map.stored_pages());
         rewritten.ok_or(StoreError::Bug("a page map lost pages"))
-    }
-}
-
-impl NewRoot {
-    fn take(&mut self, number: usize) {
-        self.parts.push(Part::New(number));
-        self.changed = true;
-    }
-
-    /// The root of the same snapshot; `None` if all of it is where it was.
-    pub(super) fn finish(self, old: &Root, meta: &MetaPacks<'_>) -> Result<Option<Root>> {
-        if !self.changed {
-            return Ok(None);
-        }
-        let mut root = old.clone();
-        let mut table = PackTable::default();
-        let mut parts = self.parts.into_iter();
-        let mut place = |at: &mut FrameRef| {
-            *at = table.place(match parts.next() {
-                Some(Part::Kept(pack, at)) => (pack, at),
-                Some(Part::New(number)) => meta.get(number)?,
-                None => return Err(StoreError::Bug("a part of a root is missing")),
-            });
-            Ok(())
-        };
-        for section in root.images.iter_mut().flat_map(|i| &mut i.sections).flatten() {
-            place(&mut section.at)?;
-        }
-        for piece in root.blobs.iter_mut().flat_map(|b| &mut b.pieces) {
-            place(piece)?;
-        }
-        root.packs = table.packs;
-        root.check()?;
-        Ok(Some(root))
     }
 }

@@ -102,6 +102,22 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "that is longer than any machine lives".into())
 }
 
+/// A number of bytes, or with K, M, G or T of so many times 1024.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || "write it as a number of bytes, or with a unit: 512M, 2G".to_string();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(1 << shift).ok_or_else(|| "that is more than there is anywhere".into())
+}
+
 /// A price: dollars, not negative.
 pub(crate) fn dollars(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -113,6 +129,14 @@ pub(crate) fn dollars(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_units_of_1024() {
+        assert_eq!(["7", "3K", "512M", "2G"].map(bytes), [7, 3 << 10, 512 << 20, 2 << 30].map(Ok));
+        for wrong in ["", "M", "1.5G", "-1", "3MB", "99999999T"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_part_is_an_id_and_a_file_which_may_hold_further_equal_signs() {

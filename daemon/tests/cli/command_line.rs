@@ -241,6 +241,9 @@ fn repack_moves_pages_without_changing_any_snapshot() {
     let (before, packs) = (identities(&home), home.objects("packs"));
     assert!(home.json(&["repack", "--dry-run"])["rewritten_packs"].as_u64().unwrap() > 0);
     assert_eq!(home.objects("packs"), packs, "a dry run writes nothing");
+    let some = home.json(&["repack", "--dry-run", "--max-bytes", "1K"]);
+    assert_eq!(some["rewritten_packs"], 1, "one there must be: {some}");
+    assert_eq!(home.run(&["repack", "--max-bytes", "much"]).code, 2);
     let report = home.json(&["repack"]);
     assert_eq!(report["moved_snapshots"], 2, "{report}");
     home.done(&["gc", "--grace", "0s"]);
