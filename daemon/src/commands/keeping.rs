@@ -23,10 +23,11 @@ const STORE_INTERVAL: Duration = Duration::from_secs(1);
 const DETACH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Whether VMs are to outlive this process, and how.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(crate) struct KeepArgs {
     /// Keep VMs beyond this process: in systemd's descriptor store if this service has one, else with the holder at
-    /// this socket, which is started if need be [default: PATH of --socket, and ".keep"]. Started again with the same
+    /// this socket, which is started if need be [default: PATH of --socket or
+    /// --api-socket, and ".keep"]. Started again with the same
     /// options, this command goes on with the VMs it finds there
     #[arg(long, value_name = "SOCKET", num_args = 0..=1)]
     pub(crate) keep: Option<Option<PathBuf>>,

@@ -13,6 +13,7 @@ pub(crate) mod key;
 pub(crate) mod ls;
 pub(crate) mod repack;
 pub(crate) mod resume;
+pub(crate) mod resume_kept;
 pub(crate) mod rm;
 pub(crate) mod serve;
 pub(crate) mod serve_uffd;

@@ -15,8 +15,8 @@ use dormouse_core::Name;
 use dormouse_vmm_glue::{
     firecracker::{
         ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-        Incoming, KeepWith, Refusal, Session, VmmProcess, capture, handshake::Peer, memfile::MemFile,
-        tracking::Base,
+        Incoming, KeepWith, Refusal, Session, SessionReport, VmmProcess, capture, handshake::Peer,
+        memfile::MemFile, tracking::Base,
     },
     keeper::{Keeper, KeptSnapshot},
     opened::Opened,
@@ -26,6 +26,8 @@ use serde_json::Value;
 
 use super::{
     cloud_hypervisor,
+    keeping::KeepArgs,
+    resume_kept,
     serve_uffd::{
         HANDSHAKE_PATIENCE, ServingArgs, listen_failure, noted, outlive, print_report, thread_failure,
     },
@@ -82,6 +84,9 @@ pub(crate) struct ResumeArgs {
     /// Do not let Firecracker track dirty pages: the next standby captures all memory
     #[arg(long)]
     pub(crate) no_dirty_tracking: bool,
+
+    #[command(flatten)]
+    pub(crate) keep: KeepArgs,
 
     #[command(flatten)]
     pub(crate) serving: ServingArgs,
@@ -175,33 +180,46 @@ pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, F
         ResumeCommand::Firecracker(args) => args,
         ResumeCommand::CloudHypervisor(args) => return cloud_hypervisor::resume::run(&args, context),
     };
-    // Records are for who trains: the daemon keeps its own.
-    let client = if args.record.is_some() { None } else { args.daemon.find(context)? };
+    // Records are for who trains: the daemon keeps its own, and its VMs as well.
+    let here = args.record.is_some() || args.keep.keep.is_some();
+    let client = if here { None } else { args.daemon.find(context)? };
     if let Some(client) = client {
         return by_daemon(&args, context, &client);
+    }
+    let keeper = resume_kept::keeper(&args)?;
+    let kept = keeper.as_ref().map(|keeper| resume_kept::vm(&args, keeper, context)).transpose()?;
+    if let Some((document, session)) = kept.flatten() {
+        context.print(&document, |out| print_text(out, &document))?;
+        return finish(&args, &outlive(session)?);
     }
     // Sockets that nobody else can reach, gone when this process ends.
     let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
     let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;
-    let woken = wake(&args, WakeIn::here(scratch.path()), || context.open_store())?;
+    let keep = keeper.map(|keeper| (keeper, BTreeMap::new()));
+    let woken = wake(&args, WakeIn { keep, ..WakeIn::here(scratch.path()) }, || context.open_store())?;
     context.print(&woken.document, |out| print_text(out, &woken.document))?;
     drop(woken.incoming);
     // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
     let report = outlive(woken.session)?;
     drop(woken.started);
+    finish(&args, &report)
+}
+
+/// Tells what was served, wherever that is asked for.
+fn finish(args: &ResumeArgs, report: &SessionReport) -> Result<Status, Failure> {
     if let (Some(path), Some(record)) = (&args.record, &report.record) {
         record.write(path).map_err(|e| Failure::file("writing", path, &e))?;
     }
-    let written = args.report.as_ref().map(|path| (path, serde_json::to_vec_pretty(&report)));
+    let written = args.report.as_ref().map(|path| (path, serde_json::to_vec_pretty(report)));
     if let Some((path, Ok(bytes))) = written {
         std::fs::write(path, bytes).map_err(|e| Failure::file("writing", path, &e))?;
     }
     let mut text = Vec::new();
     // Writing to memory does not fail.
-    let _ = print_report(&mut text, &report);
+    let _ = print_report(&mut text, report);
     tracing::info!("{}", String::from_utf8_lossy(&text));
-    match report.killed_because {
-        Some(why) => Err(killed(report.pid, &why)),
+    match &report.killed_because {
+        Some(why) => Err(killed(report.pid, why)),
         None => Ok(Status::Done),
     }
 }

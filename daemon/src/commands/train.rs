@@ -62,6 +62,7 @@ pub(crate) fn run(args: &TrainArgs, context: &Context) -> Result<Status, Failure
             record_window: args.window,
             page_by_page: true,
         },
+        keep: super::keeping::KeepArgs::default(),
         daemon: MaybeDaemon::default(),
     };
     let woken = resume::wake(&waking, WakeIn::here(scratch.path()), || Ok(store.clone()))?;

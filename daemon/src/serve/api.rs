@@ -284,6 +284,7 @@ impl WakeRequest {
                 page_by_page: false,
             },
             record: None,
+            keep: crate::commands::keeping::KeepArgs::default(),
             daemon: MaybeDaemon::default(),
         };
         if args.firecracker.is_none() && !pool {

@@ -134,3 +134,44 @@ fn a_guest_that_is_let_go_needs_no_server() {
     let before = clone.passes();
     wait_until("passes without a server", || clone.passes() > before + 2);
 }
+
+#[test]
+fn a_resumed_guest_outlives_the_command_that_resumed_it() {
+    let Some(scene) = scene() else { return };
+    parked(&scene);
+    let (api, console, report) = (scene.text("api.sock"), scene.text("resumed"), scene.text("report"));
+    let arguments = ["resume", "firecracker", "vm", "--firecracker", scene.binary(), "--api-socket", &api];
+    let options = ["--console", &console, "--report", &report, "--no-prefetch", "--keep"];
+    let resume = || {
+        let mut command = scene.dormouse("home", &[&arguments[..], &options].concat());
+        command.stdout(std::fs::File::create(scene.path("resume")).unwrap());
+        Running::start(command)
+    };
+    let document = || {
+        let read = || serde_json::from_slice(&std::fs::read(scene.path("resume")).unwrap_or_default()).ok();
+        let mut found: Option<serde_json::Value> = None;
+        wait_until("what resume says", || {
+            found = read();
+            found.is_some()
+        });
+        found.unwrap()
+    };
+    let said = crate::scene::Console(console.clone().into());
+    let mut server = resume();
+    let pid = document()["pid"].as_i64().unwrap();
+    for _ in 0..3 {
+        server.kill();
+        server = resume();
+        let taken_up = document();
+        assert_eq!(taken_up["pid"].as_i64(), Some(pid), "{taken_up}");
+        assert_eq!(taken_up["phases"][0]["name"], "taken up", "{taken_up}");
+        let passes = said.times(".");
+        said.wait_for(".", passes + 1);
+    }
+    let firecracker = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(firecracker, rustix::process::Signal::KILL).unwrap();
+    server.done();
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!(report["pid"].as_i64(), Some(pid), "{report}");
+    said.assert_no_wrong_page();
+}
