@@ -27,7 +27,10 @@ fn reserve() -> Option<Reserved> {
     let _ = std::fs::write(NR, (before + wanted.saturating_sub(free)).to_string());
     let reserved = Reserved(before);
     if number(FREE) < wanted {
-        eprintln!("SKIPPED: {wanted} huge pages needed, {} free; as root: echo {wanted} > {NR}", number(FREE));
+        eprintln!(
+            "SKIPPED: {wanted} huge pages needed, {} free; as root: echo {wanted} > {NR}",
+            number(FREE)
+        );
         return None;
     }
     Some(reserved)

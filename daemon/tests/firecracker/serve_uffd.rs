@@ -7,7 +7,9 @@ use dormouse_core::{ImageKind, Name, PageIndex};
 use dormouse_vmm_glue::firecracker::api::SnapshotKind;
 use serde_json::Value;
 
-use crate::scene::{Console, Machine, PATIENCE, Running, Scene, document, say, scene, wait_for_socket, wait_until};
+use crate::scene::{
+    Console, Machine, PATIENCE, Running, Scene, document, say, scene, wait_for_socket, wait_until,
+};
 
 /// Boots, snapshots, imports as `vm`, and leaves nothing but the store and the vmstate file.
 pub(crate) fn parked(scene: &Scene) -> Console {
