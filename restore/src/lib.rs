@@ -15,6 +15,9 @@
 //!    -> rest.rs installs what else the image shows of that frame, once nobody waits
 //! ```
 //!
+//! And what comes before any fault: `first_pages.rs` decodes a resume stream ahead of the machine and installs it in
+//! bulk; `recording.rs` tells from faults, and from pages held out (`coverage.rs`), what the next stream should be.
+//!
 //! Rules the code keeps, each with a test:
 //! - A page that cannot be had correctly is waited for, poisoned, or the VM killed, never zero-filled ([`policy`]).
 //! - A page the guest gave back reads as zero whatever order events arrive in ([`mod@state`]).

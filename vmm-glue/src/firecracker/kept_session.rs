@@ -62,7 +62,7 @@ impl Session {
         tracking: Option<Tracking>,
         keep: KeepWith,
     ) -> Result<Self, Box<Refusal>> {
-        Self::begin(handshake, From::Opened(opened.clone(), tracking), options, Keeping::With(keep))
+        Self::begin(handshake, From::Opened(Box::new(opened.clone()), tracking), options, Keeping::With(keep))
     }
 
     /// Goes on with a VM that another process served, and has left to `keeper`. `source` is the memory image of

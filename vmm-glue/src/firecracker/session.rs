@@ -152,7 +152,7 @@ pub struct SessionReport {
 /// What a session is served from.
 pub(super) enum From {
     Source(Arc<dyn PageSource>),
-    Opened(Opened, Option<Tracking>),
+    Opened(Box<Opened>, Option<Tracking>),
 }
 
 impl Session {
@@ -168,7 +168,7 @@ impl Session {
         options: SessionOptions,
         tracking: Option<Tracking>,
     ) -> Result<Self, Box<Refusal>> {
-        Self::begin(handshake, From::Opened(opened.clone(), tracking), options, Keeping::No)
+        Self::begin(handshake, From::Opened(Box::new(opened.clone()), tracking), options, Keeping::No)
     }
 
     /// Begins to serve the memory that `handshake` hands over from the image of `source`. Nothing is recorded.
@@ -258,7 +258,7 @@ impl Session {
             let later = streaming.is_some() && record;
             if record {
                 let (handle, process) = (handle.clone(), process.clone());
-                let watched = Watch::new(opened, recording, options.record_window, handle, process)
+                let watched = Watch::new(*opened, recording, options.record_window, handle, process)
                     .complete(later || !prefetch)
                     .rebuilds(!options.page_by_page)
                     .fill_after(later && prefetch)
