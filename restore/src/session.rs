@@ -271,6 +271,15 @@ impl RestoreHandle {
                 return Err(Box::new(DetachError { handle: self, error }));
             }
         }
+        // A thread that began to give memory back before that waits until its event is read, for ever if need be: the
+        // VM may have a userfaultfd of its own, with which this one's end goes unnoticed.
+        while self.core.memory.regions().first().is_some_and(|region| region.is_changing()) {
+            if let Err(error) = self.core.pump() {
+                let error = Arc::new(RestoreError::from(error));
+                return Err(Box::new(DetachError { handle: self, error }));
+            }
+            std::thread::yield_now();
+        }
         self.core.timeline.mark("detached");
         Ok(self.end())
     }

@@ -183,3 +183,26 @@ fn the_states_of_a_large_machine_cost_nothing_until_it_is_touched() {
     handle.stop(VmStopped::attest());
     assert!(occupied() <= 6 * 4096, "{} bytes for 64 GiB", occupied());
 }
+
+/// Seen with a guest that gave memory back as it was let go: it waited for ever for its event to be read.
+#[test]
+fn a_removal_that_begins_as_the_vm_is_let_go_is_not_left_waiting() {
+    let image = Arc::new(TestImage::full(64));
+    for _ in 0..300 {
+        let Some(uffd) = uffd_or_skip() else { return };
+        // The VM's own userfaultfd stays open.
+        let (vm, handle) = Vm::start(&image, uffd);
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let (done, finished) = std::sync::mpsc::channel();
+        let mapping = vm.mapping.clone();
+        std::thread::spawn(move || {
+            while let Err(std::sync::mpsc::TryRecvError::Empty) = stopped.try_recv() {
+                mapping.discard(8, 1).unwrap();
+            }
+            done.send(()).unwrap();
+        });
+        handle.detach().unwrap();
+        drop(stop);
+        finished.recv_timeout(SOON).expect("a thread that gives memory back hangs");
+    }
+}

@@ -29,6 +29,10 @@ fn servers_killed_at_any_instant_leave_no_wrong_page_and_no_guest_behind() {
         while guests.len() < GUESTS {
             guests.push(scene.guest(rng.next()));
         }
+        // Every other server is killed at any instant, perhaps before it has done anything; the others with a guest.
+        if kill % 2 == 1 {
+            scene::wait_until("a guest's first page", || guests.iter().any(scene::Guest::has_begun));
+        }
         std::thread::sleep(Duration::from_micros(rng.below(60_000)));
         server.kill();
         let killed = Instant::now();
@@ -57,7 +61,7 @@ fn servers_killed_at_any_instant_leave_no_wrong_page_and_no_guest_behind() {
          all went on {:?} after a kill (median)",
         pauses.get(pauses.len() / 2)
     );
-    assert!(completed > 0 && faulting * 2 > kills, "{completed} completed, {faulting} of {kills}");
+    assert!(completed > 0 && faulting * 4 > kills, "{completed} completed, {faulting} of {kills}");
 }
 
 #[test]
@@ -95,16 +99,15 @@ fn a_guest_that_ends_while_nobody_serves_it_holds_up_nobody() {
 fn the_holder_may_be_killed_too_if_the_server_lives() {
     let Some(scene) = scene() else { return };
     let mut server = scene.serve(&["--keep", "--no-prefetch"]);
-    let mut guest = scene.guest(6);
-    guest.wait_begun();
-    for _ in 0..3 {
+    for seed in [6, 16, 26] {
+        let mut guest = scene.guest(seed);
+        guest.wait_begun();
         scene.kill_holder();
-        scene.wait_for_holder();
+        scene.wait_for_holder(&guest);
         server.kill();
         server = scene.serve(&["--keep", "--no-prefetch"]);
-        guest.must_go_on();
+        guest.must_complete();
     }
-    guest.must_complete();
     server.kill();
 }
 

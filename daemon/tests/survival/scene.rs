@@ -18,7 +18,7 @@ pub(crate) const TERM: Signal = Signal::TERM;
 pub(crate) const HUP: Signal = Signal::HUP;
 pub(crate) const INT: Signal = Signal::INT;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A small generator, the same on every machine.
 pub(crate) struct Rng(pub(crate) u64);
@@ -146,20 +146,35 @@ impl Scene {
     }
 
     fn holder(&self) -> Option<Pid> {
-        let socket = self.path("uffd.keep");
+        Some(rustix::net::sockopt::socket_peercred(self.connect_to_holder()?).unwrap().pid)
+    }
+
+    fn connect_to_holder(&self) -> Option<std::os::fd::OwnedFd> {
         let fd = rustix::net::socket_with(
             rustix::net::AddressFamily::UNIX,
             rustix::net::SocketType::SEQPACKET,
             rustix::net::SocketFlags::CLOEXEC,
             None,
         );
-        let (fd, address) = (fd.unwrap(), rustix::net::SocketAddrUnix::new(socket).unwrap());
+        let fd = fd.unwrap();
+        let address = rustix::net::SocketAddrUnix::new(self.path("uffd.keep")).unwrap();
         rustix::net::connect(&fd, &address).ok()?;
-        Some(rustix::net::sockopt::socket_peercred(&fd).unwrap().pid)
+        Some(fd)
     }
 
-    pub(crate) fn wait_for_holder(&self) {
-        wait_until("a holder", || self.holder().is_some());
+    /// Waits for a holder that has the one VM there is, `guest`, unless that has ended: until then it depends on its
+    /// server.
+    pub(crate) fn wait_for_holder(&self, guest: &Guest) {
+        let holds = || {
+            let fd = self.connect_to_holder()?;
+            let mut answer = [0; 256];
+            for request in ["{\"do\":\"hello\",\"version\":1}\n", "{\"do\":\"take\"}\n"] {
+                rustix::io::write(&fd, request.as_bytes()).ok()?;
+                rustix::io::read(&fd, &mut answer).ok()?;
+            }
+            Some(String::from_utf8_lossy(&answer).contains("\"served_elsewhere\":1"))
+        };
+        wait_until("a holder that has the VM", || guest.is_done() || holds() == Some(true));
     }
 
     pub(crate) fn kill_holder(&self) {

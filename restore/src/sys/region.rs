@@ -74,6 +74,13 @@ impl RegisteredRegion {
             .map_err(|e| UffdError::Io { what: "unregistering a region", error: std::io::Error::other(e) })
     }
 
+    /// Whether a thread of the VM is about to give memory back, and waits for its event to be read, or will. The
+    /// kernel counts these, and answers EAGAIN to every install meanwhile. Installs nothing.
+    pub fn is_changing(&self) -> bool {
+        let probe = |nowhere| abi::copy_from_nowhere(self.inner.fd(), self.start, &nowhere);
+        Nowhere::new(self.page_size).is_ok_and(|nowhere| probe(nowhere) == Some(libc::EAGAIN))
+    }
+
     /// Whether the VM's address space still exists. Installs nothing.
     pub fn is_alive(&self) -> bool {
         match Nowhere::new(self.page_size) {
