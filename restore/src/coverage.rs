@@ -86,13 +86,13 @@ pub struct Coverage {
 impl Coverage {
     /// Samples that say something.
     pub fn samples(&self) -> u64 {
-        self.sampled_touched + self.sampled_untouched
+        self.sampled_touched.saturating_add(self.sampled_untouched)
     }
 
     /// Share of the set that was prefetched in vain, 0 to 1. `None` without samples.
     pub fn overfetch(&self) -> Option<f64> {
         let samples = self.samples();
-        (samples > 0).then(|| self.sampled_untouched as f64 / samples as f64)
+        (samples > 0).then(|| (self.sampled_untouched as f64 / samples as f64).min(1.0))
     }
 
     /// Share of the first touches that the set covers, 0 to 1. `None` without samples, or if nothing was touched.
@@ -108,7 +108,7 @@ impl Coverage {
     /// Whether a set made from what was seen now would be worth its making.
     pub fn wants_another_set(&self) -> bool {
         // If too much was missed even where all of the set was needed, no sample is needed to say so.
-        let at_best = self.set_pages as f64 / (self.set_pages + self.missed) as f64;
+        let at_best = self.set_pages as f64 / (self.set_pages as f64 + self.missed as f64);
         if self.missed >= SAMPLES_MIN && at_best < COVERAGE_WANTED {
             return true;
         }

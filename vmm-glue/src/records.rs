@@ -64,11 +64,18 @@ impl Record {
     /// The file cannot be read, or is no record of this version.
     pub fn read(path: &Path) -> io::Result<Self> {
         let bytes = fs::metadata(path)?.len();
-        let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
         if bytes > RECORD_BYTES_MAX {
             return Err(invalid(format!("{bytes} bytes are too many for a record of a working set")));
         }
-        let record: Record = serde_json::from_slice(&fs::read(path)?)?;
+        Self::decode(&fs::read(path)?)
+    }
+
+    /// Reads a record from its bytes. Its runs may be any numbers; [`dormouse_restore::predict`] copes with all of them.
+    ///
+    /// # Errors
+    /// They are no record of this version.
+    pub fn decode(bytes: &[u8]) -> io::Result<Self> {
+        let record: Record = serde_json::from_slice(bytes)?;
         if record.version != VERSION {
             return Err(invalid(format!("a record of version {}, not {VERSION}", record.version)));
         }
@@ -85,6 +92,10 @@ impl Record {
         fs::set_permissions(&unfinished, Permissions::from_mode(0o600))?;
         fs::rename(unfinished, path)
     }
+}
+
+fn invalid(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
 /// The records of one store and domain on this host.

@@ -30,8 +30,10 @@ struct Document {
 
 /// Where a snapshot's first pages are, as seen from this host: "hot", "warm" or "cold".
 pub(crate) fn tier_of(store: &Store, name: &Name, snapshot: SnapshotId) -> &'static str {
-    // Without a directory for it, no process can have said so.
-    if tracking().is_ok_and(|tracking| tracking.is_hot(&snapshot.to_string())) {
+    // Without a directory for it, no process has said so, and none is made to find out.
+    if context::runtime_dir().is_dir()
+        && tracking().is_ok_and(|tracking| tracking.is_hot(&snapshot.to_string()))
+    {
         return "hot";
     }
     match store.tier(name, snapshot) {
