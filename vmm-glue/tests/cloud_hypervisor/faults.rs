@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dormouse_vmm_glue::cloud_hypervisor::{GuestRange, OnDemand, WakeError, WakeOptions, wake_on_demand};
+use dormouse_vmm_glue::firecracker::OnFailure;
 
 use super::peer::{Awake, Receive, Slot, Vm, word};
 use super::scene::{PAGE, PAGES, SLOTS, Scene, bare, have_uffd};
@@ -169,6 +170,27 @@ fn a_vmm_that_dies_while_it_waits_for_a_page_is_let_go() {
     let report = server.finish();
     assert!(!came.load(Ordering::Acquire), "a page that was lost was given to the guest");
     assert_eq!((report.error, report.killed_because), (None, None));
+}
+
+#[test]
+fn a_vm_to_be_held_waits_for_its_lost_page_and_is_not_answered() {
+    if !have_uffd() {
+        return;
+    }
+    let scene = Scene::new();
+    let gpa = with_a_zero_page_first(&scene);
+    let held = WakeOptions { on_failure: OnFailure::Hold, ..bare() };
+    let (server, awake) = scene.wake("vm", TOUCHED_ONLY, held);
+    let (server, awake) = (server.unwrap(), Arc::new(awake.unwrap()));
+    lose_store(&scene);
+    let came = touch(&awake, gpa);
+    // Longer than it is tried again.
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!came.load(Ordering::Acquire) && !awake.handler_ended(), "it still waits");
+    awake.die();
+    let report = server.finish();
+    assert_eq!((report.error, report.killed_because, report.asked.retries), (None, None, 2));
+    assert!(!came.load(Ordering::Acquire), "a page that was lost was given to the guest");
 }
 
 #[test]
