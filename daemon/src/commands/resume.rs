@@ -15,7 +15,7 @@ use dormouse_core::Name;
 use dormouse_vmm_glue::{
     firecracker::{
         ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-        Incoming, KeepWith, Refusal, Session, SessionReport, VmmProcess, capture, handshake::Peer,
+        Incoming, Jail, KeepWith, Refusal, Session, SessionReport, VmmProcess, capture, handshake::Peer,
         memfile::MemFile, tracking::Base,
     },
     keeper::{Keeper, KeptSnapshot},
@@ -300,10 +300,10 @@ pub(crate) fn wake(
 }
 
 /// The snapshot and its device state.
-fn open(args: &ResumeArgs, store: &Store) -> Result<(Opened, MemFile), Failure> {
+fn open(args: &ResumeArgs, store: &Store) -> Result<(Opened, Vec<u8>), Failure> {
     let opened = args.serving.open(store, &args.name, false)?;
-    let state = MemFile::holding("dormouse-vmstate", &opened.state(VMSTATE)?);
-    Ok((opened, state.map_err(|e| Failure::new("memory", e.to_string()))?))
+    let state = opened.state(VMSTATE)?;
+    Ok((opened, state))
 }
 
 fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput) -> Result<Vmm, Failure> {
@@ -335,16 +335,31 @@ fn load(
     args: &ResumeArgs,
     vmm: &Vmm,
     socket: &Path,
-    state: &MemFile,
+    state: &[u8],
     serve: impl FnOnce(Handshake) -> Result<Session, Box<Refusal>>,
     timeline: &mut Timeline,
 ) -> Result<(Session, Incoming), Failure> {
-    let listener = HandshakeListener::bind(socket).map_err(|e| listen_failure(&e))?;
-    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
     let process = process_at(&vmm.api_socket)?;
+    // Dropped once all is loaded.
+    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
+    let (listener, socket) = match &jail {
+        None => (HandshakeListener::bind(socket), socket.to_owned()),
+        Some(jail) => {
+            let (listener, socket) = jail.listen("uffd.sock").map_err(|e| listen_failure(&e))?;
+            (Ok(listener), socket)
+        }
+    };
+    let listener = listener.map_err(|e| listen_failure(&e))?;
+    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
+    let state = match &jail {
+        None => MemFile::holding("dormouse-vmstate", state),
+        Some(jail) => jail.file_holding("vmstate", state),
+    };
+    let state = state.map_err(|e| Failure::new("memory", e.to_string()))?;
     let session = thread::scope(|scope| {
-        let loading =
-            scope.spawn(|| vmm.api.load_snapshot_uffd(&state.path(), socket, !args.no_dirty_tracking, false));
+        let loading = scope.spawn(|| {
+            vmm.api.load_snapshot_uffd(&state.path_for_vmm(), &socket, !args.no_dirty_tracking, false)
+        });
         let session =
             wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
                 timeline.mark("handshake");

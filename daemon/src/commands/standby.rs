@@ -16,7 +16,7 @@ use dormouse_chunkstore::{
 use dormouse_core::{ImageId, ImageKind, Name};
 use dormouse_vmm_glue::{
     firecracker::{
-        ApiClient, VmmProcess,
+        ApiClient, Jail, VmmProcess,
         api::SnapshotKind,
         capture::{self, Capture},
         memfile,
@@ -176,9 +176,11 @@ pub(crate) fn perform(
 
     // Before the capture, for which Firecracker touches pages of its own accord.
     let session = tracking.session_of(&process);
+    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
     // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
     tracking.forget(&process).map_err(|e| Failure::new("tracking", e.to_string()))?;
-    let captured = capture::capture(&api, choice.kind, args.keep_running).map_err(|e| vmm_failure(&e))?;
+    let captured = capture::capture(&api, choice.kind, args.keep_running, jail.as_ref());
+    let captured = captured.map_err(|e| vmm_failure(&e))?;
     let resumable_us = micros(begun.elapsed());
     tracing::info!(resumable_us, "resumable on this host");
 

@@ -34,7 +34,7 @@ mod totals;
 mod vm;
 mod wake;
 
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use dormouse_chunkstore::{Store, StoreOptions, backend::open_url};
@@ -47,6 +47,9 @@ use self::{
     state::Daemon,
 };
 use crate::failure::Failure;
+
+/// How long answers may take that are under way at the end.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What becomes of VMs when the daemon is asked to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -88,7 +91,7 @@ pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Fail
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime
         .map_err(|e| Failure::new("threads", format!("no thread could be started: {e}; raise the limit")))?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let store_metrics = StoreMetrics::default();
         let key_id = settings.store_options.key.as_ref().map(|key| key.id().to_string());
         let backend = Counted { inner: open_url(&settings.store_url)?, metrics: store_metrics.clone() };
@@ -120,9 +123,12 @@ pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Fail
         let _ = stopped.await;
         stop::stop(&daemon).await;
         end.send_replace(true);
-        // What is being answered is answered.
-        let _ = answering.await;
+        // What is being answered is answered, but for those who wait for something to happen.
+        let _ = tokio::time::timeout(DRAIN_PATIENCE, answering).await;
         watchdog.abort();
         Ok(())
-    })
+    });
+    // Whoever waits for a store that hangs holds up nobody.
+    runtime.shutdown_background();
+    outcome
 }

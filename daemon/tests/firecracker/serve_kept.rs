@@ -62,6 +62,9 @@ fn a_daemon_that_is_ended_leaves_its_vms_to_the_next() {
     let clone = scene.start("clone");
     let api = clone.process.api(PATIENCE);
     api.load_snapshot_uffd(&scene.path("vmstate"), socket.as_ref(), false, true).unwrap();
+    // Whoever waits for a VM's end does not hold up the daemon's.
+    let mut waiting = daemon.connect();
+    waiting.write_all(&request("GET", "/v1/vms/one?wait_s=600", None)).unwrap();
     daemon.terminate();
     daemon.process.done();
     let daemon = Served::start(&scene, &[]);

@@ -4,6 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::api::{ApiClient, ApiError, SnapshotKind};
+use super::jail::Jail;
 use super::memfile::MemFile;
 
 /// A snapshot in memory.
@@ -73,13 +74,20 @@ pub fn tracks_dirty_pages(api: &ApiClient) -> Result<bool, CaptureError> {
     Ok(config.get("track_dirty_pages").and_then(serde_json::Value::as_bool).unwrap_or(false))
 }
 
-/// Pauses the guest, takes a snapshot, and lets a guest that ran before go on if `resume`.
+/// Pauses the guest, takes a snapshot, and lets a guest that ran before go on if `resume`. For a jailed Firecracker
+/// the files are made in its `jail`.
 ///
 /// # Errors
 /// [`CaptureError`]. The guest runs then if it ran before, as far as Firecracker lets it. Which pages
 /// Firecracker takes for dirty may have changed: what comes next must be a full snapshot.
-pub fn capture(api: &ApiClient, kind: SnapshotKind, resume: bool) -> Result<Capture, CaptureError> {
-    let (memory, state) = (MemFile::new("dormouse-memory")?, MemFile::new("dormouse-vmstate")?);
+pub fn capture(
+    api: &ApiClient,
+    kind: SnapshotKind,
+    resume: bool,
+    jail: Option<&Jail>,
+) -> Result<Capture, CaptureError> {
+    let file = |name| jail.map_or_else(|| MemFile::new(name), |jail| jail.file(name));
+    let (memory, state) = (file("dormouse-memory")?, file("dormouse-vmstate")?);
     let was_running = is_running(api)?;
     let mut times = CaptureTimes::default();
     let begun = Instant::now();
@@ -88,7 +96,8 @@ pub fn capture(api: &ApiClient, kind: SnapshotKind, resume: bool) -> Result<Capt
     }
     times.pause = begun.elapsed();
     let writing = Instant::now();
-    let written = api.create_snapshot(kind, &state.path(), &memory.path()).map_err(CaptureError::from);
+    let written =
+        api.create_snapshot(kind, &state.path_for_vmm(), &memory.path_for_vmm()).map_err(CaptureError::from);
     let checked = written.and_then(|()| check(&memory, &state));
     times.snapshot = writing.elapsed();
     if let Err(error) = checked {

@@ -13,6 +13,8 @@ use rustix::fs::{MemfdFlags, SeekFrom as Find};
 #[derive(Debug)]
 pub struct MemFile {
     file: File,
+    /// Where a VMM sees it that does not see this process's `/proc`.
+    seen_as: Option<PathBuf>,
 }
 
 impl MemFile {
@@ -21,7 +23,7 @@ impl MemFile {
     /// # Errors
     /// The kernel refused.
     pub fn new(name: &str) -> io::Result<Self> {
-        Ok(Self { file: rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?.into() })
+        Ok(Self { file: rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?.into(), seen_as: None })
     }
 
     /// One that holds `bytes`.
@@ -32,6 +34,20 @@ impl MemFile {
         let mut made = Self::new(name)?;
         made.file.write_all(bytes)?;
         Ok(made)
+    }
+
+    /// `file`, which is in memory and has a path where a VMM is.
+    pub(super) fn seen_as(file: File, path: PathBuf) -> Self {
+        Self { file, seen_as: Some(path) }
+    }
+
+    pub(super) fn as_file(&self) -> &File {
+        &self.file
+    }
+
+    /// The path by which the VMM it was made for can open it.
+    pub fn path_for_vmm(&self) -> PathBuf {
+        self.seen_as.clone().unwrap_or_else(|| self.path())
     }
 
     /// A path by which this process, and others of its user that see the same `/proc`, can open it.

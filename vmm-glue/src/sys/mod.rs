@@ -5,6 +5,7 @@ pub(crate) mod guest_mapping;
 pub(crate) mod kick;
 pub(crate) mod listen_fds;
 pub(crate) mod memslot;
+pub(crate) mod namespace;
 pub(crate) mod program;
 #[cfg(test)]
 pub(crate) mod userfaultfd;
