@@ -25,6 +25,7 @@ pub(crate) mod train;
 pub(crate) mod verify;
 pub(crate) mod vms;
 
+use self::resume::ResumeCommand;
 use crate::{
     cli::args::Command,
     context::Context,
@@ -52,7 +53,10 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
         Command::Stop(args) => vms::stop(&args, context),
         Command::Detach(args) => vms::detach(&args, context),
         Command::ServeUffd(args) => serve_uffd::run(&args, context),
-        Command::Resume(command) => resume::run(command, context),
+        Command::Resume(ResumeCommand::Firecracker(args)) => resume::run(args, context),
+        Command::Resume(ResumeCommand::CloudHypervisor(args)) => {
+            cloud_hypervisor::resume::run(&args, context)
+        }
         Command::Standby(command) => standby::run(&command, context),
         Command::Stream(command) => stream::run(&command, context),
         Command::Warm(args) => tier::warm(&args, context),

@@ -175,11 +175,7 @@ pub(crate) struct Woken {
     pub(crate) incoming: Incoming,
 }
 
-pub(crate) fn run(command: ResumeCommand, context: &Context) -> Result<Status, Failure> {
-    let args = match command {
-        ResumeCommand::Firecracker(args) => args,
-        ResumeCommand::CloudHypervisor(args) => return cloud_hypervisor::resume::run(&args, context),
-    };
+pub(crate) fn run(args: ResumeArgs, context: &Context) -> Result<Status, Failure> {
     // Records are for who trains: the daemon keeps its own, and its VMs as well.
     let here = args.record.is_some() || args.keep.keep.is_some();
     let client = if here { None } else { args.daemon.find(context)? };
