@@ -1,5 +1,7 @@
 //! The other end of the daemon's control socket.
 
+pub(crate) mod resume;
+
 use std::{
     io::ErrorKind,
     os::unix::net::UnixStream,

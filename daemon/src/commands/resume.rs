@@ -22,7 +22,6 @@ use dormouse_vmm_glue::{
     opened::Opened,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{
     cloud_hypervisor,
@@ -34,10 +33,9 @@ use super::{
     standby::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure},
 };
 use crate::{
-    client::{Client, MaybeDaemon},
+    client::{self, MaybeDaemon},
     context::{self, Context},
     failure::{Failure, Status},
-    serve::api::WakeRequest,
 };
 
 /// How long Firecracker may take to start, and to ask for its memory.
@@ -180,7 +178,7 @@ pub(crate) fn run(args: ResumeArgs, context: &Context) -> Result<Status, Failure
     let here = args.record.is_some() || args.keep.keep.is_some();
     let client = if here { None } else { args.daemon.find(context)? };
     if let Some(client) = client {
-        return by_daemon(&args, context, &client);
+        return client::resume::run(&args, context, &client);
     }
     let keeper = resume_kept::keeper(&args)?;
     let kept = keeper.as_ref().map(|keeper| resume_kept::vm(&args, keeper, context)).transpose()?;
@@ -220,26 +218,7 @@ fn finish(args: &ResumeArgs, report: &SessionReport) -> Result<Status, Failure> 
     }
 }
 
-/// The daemon wakes it and serves its memory. Only a report of that has to be waited for.
-fn by_daemon(args: &ResumeArgs, context: &Context, client: &Client) -> Result<Status, Failure> {
-    let mut vm: Value = client.post("/v1/vms", &WakeRequest::of(args)?)?;
-    let document = serde_json::from_value::<Document>(vm["resume"].take());
-    let document = document.map_err(|e| Failure::new("daemon", format!("the daemon's answer: {e}")))?;
-    context.print(&document, |out| print_text(out, &document))?;
-    let Some(path) = &args.report else { return Ok(Status::Done) };
-    let id = vm["id"].as_str().unwrap_or_default().to_owned();
-    while vm["state"] != "ended" {
-        vm = client.get(&format!("/v1/vms/{id}?wait_s=600"))?;
-    }
-    let report = serde_json::to_vec_pretty(&vm["report"]).unwrap_or_default();
-    std::fs::write(path, report).map_err(|e| Failure::file("writing", path, &e))?;
-    match vm["report"]["killed_because"].as_str() {
-        Some(why) => Err(killed(document.pid, why)),
-        None => Ok(Status::Done),
-    }
-}
-
-fn killed(pid: i32, why: &str) -> Failure {
+pub(crate) fn killed(pid: i32, why: &str) -> Failure {
     let why = format!("process {pid} was killed rather than given a wrong page: {why}");
     Failure::new("vm_killed", why)
 }

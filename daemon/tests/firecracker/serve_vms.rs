@@ -4,7 +4,7 @@ use std::io::Write as _;
 
 use serde_json::{Value, json};
 
-use crate::scene::{PAGES, PATIENCE, Scene, scene, wait_until};
+use crate::scene::{PAGES, PATIENCE, Running, Scene, scene, wait_until};
 use crate::served::{Mortal, is_there, kill, request, served};
 
 fn phases(vm: &Value) -> Vec<&str> {
@@ -211,6 +211,20 @@ fn the_command_line_asks_the_daemon_and_prints_what_it_would_print_alone() {
     assert_eq!(vm["resume"], woken);
     let stopped = scene.done("host", &["stop", vm["id"].as_str().unwrap()]);
     assert_eq!(stopped["state"], "ended", "{stopped}");
+    // Who wants a report waits for it.
+    let report = scene.text("report");
+    let resume = ["resume", "firecracker", "vm", "--firecracker", scene.binary(), "--report", &report];
+    let waiting = Running::start(scene.dormouse("host", &resume));
+    let running = || {
+        let vms = daemon.get("/v1/vms");
+        vms["vms"].as_array().unwrap().iter().find(|vm| vm["state"] == "running").cloned()
+    };
+    wait_until("it to run", || running().is_some());
+    let reported = running().unwrap();
+    scene.done("host", &["stop", reported["id"].as_str().unwrap()]);
+    waiting.done();
+    let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!((&report["pid"], &report["failures"]), (&reported["pid"], &json!([])), "{report}");
     // Another store's work is not the daemon's.
     let elsewhere = scene.text("elsewhere");
     let other = scene.dormouse("host", &["ps", "--store", &elsewhere]).output().unwrap();
