@@ -14,7 +14,7 @@ use crate::source::FrameToken;
 pub(crate) const PREFETCH_STEP_PAGES: u64 = PageSize::Huge.pages();
 
 /// Frames whose other pages wait when a worker is roused for them: the fault thread has had no time.
-const RESTS_SHARED: usize = 16;
+const RESTS_SHARED: usize = 32;
 
 /// Frames whose other pages may wait to be installed. Beyond that the oldest are left to faults and prefetch.
 const RESTS_MAX: usize = 64;

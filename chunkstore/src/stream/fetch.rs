@@ -22,9 +22,9 @@ use crate::{
 
 /// Requests that go out before the stream's size is known, and as many again once it is, if there is more.
 pub(super) const STREAMS: usize = 8;
-/// Size of the first pieces. All of them together are the stream of a 24 to 36 MiB working set: a stream that just
+/// Size of the first pieces. All of them together are the stream of a 24 to 32 MiB working set: a stream that just
 /// does not fit waits for another first byte, and one that is much smaller has asked for pieces in vain.
-const FIRST_BYTES: u64 = 1536 << 10;
+const FIRST_BYTES: u64 = 1792 << 10;
 /// Size of later ones.
 const LATER_BYTES: u64 = 4 << 20;
 /// Longest wait between two looks at a piece.
