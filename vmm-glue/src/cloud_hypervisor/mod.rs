@@ -18,7 +18,7 @@
 //! | [`protocol`] | heads, ranges and the order of requests: pure |
 //! | [`memory`] | which memory slot lies where, and in which image it is stored: pure |
 //! | [`wire`] | bounded, patient reading and writing of the above |
-//! | [`receive`] | a VM that goes to sleep: its memfds, configuration and state |
+//! | [`mod@receive`] | a VM that goes to sleep: its memfds, configuration and state |
 //! | [`send`] | a VM that wakes: the same, the other way round |
 //! | [`stored`] | such a VM in a store |
 //! | [`wake`] | waking it, eagerly or on demand |
