@@ -1,31 +1,57 @@
-//! The building blocks of a resume under criterion: `cargo bench -p dormouse-benches`.
+//! All rows of `dormouse bench` under criterion, with their floors, and what is paid once a restore:
+//! `cargo bench -p dormouse-benches -- FILTER`. Ratios are for `dormouse bench`, which takes both sides in turns.
 #![allow(missing_docs, reason = "made by criterion's macros")]
 
+use std::cell::RefCell;
 use std::hint::black_box;
+use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use dormouse_benches::{Bench, Options, guest::GUEST_PAGES, raw};
-use dormouse_chunkstore::{HotRun, HotStream};
-use dormouse_core::{PAGE_BYTES, PageIndex};
+use dormouse_benches::stats::{Sampler, Side};
+use dormouse_benches::{Options, run_by};
+use dormouse_core::PageIndex;
 use dormouse_restore::plan::Plan;
 use dormouse_restore::{Extent, PageSize, RegionSpec};
 
-fn hot(bench: &Bench, pages: usize) -> HotStream {
-    let bytes = bench.bytes()[..pages * PAGE_BYTES].to_vec();
-    HotStream { runs: vec![HotRun { image: 0, first: PageIndex(0), bytes }] }
+/// Has criterion take the samples.
+struct ByCriterion(RefCell<Criterion>);
+
+impl Sampler for ByCriterion {
+    fn sample(&self, label: &str, unit: &str, side: Side<'_>) -> dormouse_benches::Result<Vec<f64>> {
+        let seconds = if unit == "us" { 1e-6 } else { 1e-3 };
+        let (mut samples, mut failed) = (Vec::new(), None);
+        self.0.borrow_mut().bench_function(label, |bencher| {
+            bencher.iter_custom(|times| {
+                let mut sum = 0.0;
+                for _ in 0..times {
+                    match side() {
+                        Ok(sample) => {
+                            sum += sample;
+                            samples.push(sample);
+                        }
+                        Err(error) => failed = Some(error),
+                    }
+                }
+                Duration::from_secs_f64(sum * seconds)
+            });
+        });
+        match failed {
+            None if samples.is_empty() => Ok(vec![f64::NAN]),
+            None => Ok(samples),
+            Some(error) => Err(error),
+        }
+    }
 }
 
-fn installs(c: &mut Criterion) {
-    let bench = Bench::new(&Options::default()).expect("a guest's memory");
-    let hot = hot(&bench, 4096);
-    c.bench_function("raw_copy_16mib", |b| {
-        b.iter(|| black_box(raw::copy_all(&hot, GUEST_PAGES).expect("userfaultfd")))
-    });
-    let plain = raw::PlainFrames::of(hot.runs[0].bytes.chunks(256 << 10), 3).expect("zstd");
-    c.bench_function("plain_zstd_16mib", |b| b.iter(|| plain.decode_all(2)));
-    c.bench_function("install_hot_16mib", |b| {
-        b.iter(|| dormouse_benches::install::hot(&bench, 16).ok());
-    });
+fn short() -> Criterion {
+    let short = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(200));
+    short.measurement_time(Duration::from_secs(2))
+}
+
+fn rows(_: &mut Criterion) {
+    let sampler = ByCriterion(RefCell::new(short().configure_from_args()));
+    let options = Options { quick: true, ..Options::default() };
+    run_by(Box::new(sampler), &options).expect("all rows can be measured here");
 }
 
 fn tables(c: &mut Criterion) {
@@ -57,7 +83,7 @@ fn tables(c: &mut Criterion) {
 
 criterion_group! {
     name = benches;
-    config = Criterion::default().sample_size(10);
-    targets = installs, tables
+    config = short();
+    targets = rows, tables
 }
 criterion_main!(benches);

@@ -76,6 +76,15 @@ impl Cold {
     }
 
     fn rows(&self, bench: &Bench, model: StoreModel, suffix: &str) -> Result<Vec<Row>> {
+        if let Some(sampler) = bench.sampler() {
+            let name = if suffix.is_empty() { "near" } else { suffix };
+            let mut turn = 0;
+            sampler.sample(&format!("cold_ready_24mib/{name}"), "ms", &mut || {
+                turn += 1;
+                Ok(self.resume(StoreModel { seed: turn, ..model })?.ready)
+            })?;
+            return Ok(Vec::new());
+        }
         let mut samples = Vec::new();
         for turn in 0..=bench.times() as u64 {
             let sample = self.resume(StoreModel { seed: turn, ..model })?;

@@ -11,7 +11,7 @@ use dormouse_restore::{Content, Extent, Mapping, PageSource, Policy, StoredImage
 use crate::guest::{Bench, GUEST_PAGES, MEMORY, fresh, name, start};
 use crate::raw::{PlainFrames, serving};
 use crate::row::Row;
-use crate::stats::{Rng, in_turns, median, ms, us};
+use crate::stats::{Rng, median, ms, us};
 use crate::{BenchError, Result};
 
 /// Faults of one turn.
@@ -66,7 +66,10 @@ fn ours(source: Arc<StoredImage>, pages: &[(u64, Extent)]) -> Result<f64> {
 /// p50 of the same faults, served by a bare loop.
 fn bare(bench: &Bench, pages: &[(u64, Extent)]) -> Result<f64> {
     let (mapping, memory) = fresh(GUEST_PAGES, false)?;
-    let serve = |page: u64, into: &mut [u8; PAGE_BYTES]| into.copy_from_slice(bench.page(page));
+    let bytes = bench.bytes();
+    let serve = |page: u64, into: &mut [u8; PAGE_BYTES]| {
+        into.copy_from_slice(&bytes[page as usize * PAGE_BYTES..][..PAGE_BYTES]);
+    };
     Ok(median(serving(&memory, serve, || pages.iter().map(|(page, _)| touch(&mapping, *page)).collect())))
 }
 
@@ -79,8 +82,12 @@ pub fn hit(bench: &Bench) -> Result<Vec<Row>> {
             source.fetch(frame)?;
         }
     }
-    let [ours, floor] =
-        in_turns(bench.times(), [&mut || ours(source.clone(), &pages), &mut || bare(bench, &pages)])?;
+    let [ours, floor] = bench.compare(
+        "fault_hit",
+        "us",
+        bench.times(),
+        [("dormouse", &mut || ours(source.clone(), &pages)), ("bare loop", &mut || bare(bench, &pages))],
+    )?;
     Ok(vec![Row::at_most("fault_hit", "us", median(ours), median(floor), 1.2)])
 }
 
@@ -91,18 +98,20 @@ pub fn miss_local(bench: &Bench) -> Result<Vec<Row>> {
         &bench.bytes()[e.first.0 as usize * PAGE_BYTES..][..e.pages as usize * PAGE_BYTES]
     };
     let plain = PlainFrames::of(pages.iter().map(raw), dormouse_chunkstore::DEFAULT_LEVEL)?;
-    let [ours, floor, decode] = in_turns(
+    let [ours, floor, decode] = bench.compare(
+        "fault_miss_local",
+        "us",
         bench.times(),
         [
-            &mut || {
+            ("dormouse", &mut || {
                 let source = stored(bench, true)?;
                 for (page, _) in &pages {
                     source.locate(PageIndex(*page))?;
                 }
                 ours(source, &pages)
-            },
-            &mut || bare(bench, &pages),
-            &mut || Ok(median(plain.decode_each().into_iter().map(us).collect())),
+            }),
+            ("bare loop", &mut || bare(bench, &pages)),
+            ("plain zstd", &mut || Ok(median(plain.decode_each().into_iter().map(us).collect()))),
         ],
     )?;
     Ok(vec![Row::at_most("fault_miss_local", "us", median(ours), median(floor) + median(decode), 1.3)])
@@ -131,16 +140,22 @@ pub fn touch_all(bench: &Bench) -> Result<Vec<Row>> {
         handle.stop(VmStopped::attest());
         Ok(took)
     };
-    let [filled, on_demand, floor] = in_turns(
+    let [filled, on_demand, floor] = bench.compare(
+        "touch_all_random",
+        "ms",
         if bench.quick { 1 } else { 5 },
-        [&mut || served(true), &mut || served(false), &mut || {
-            let (mapping, memory) = fresh(GUEST_PAGES, false)?;
-            let serve = |page: u64, into: &mut [u8; PAGE_BYTES]| {
-                // A failed read would show as a wrong figure, not as wrong data: nobody keeps it.
-                let _ = file.read_exact_at(into, page * PAGE_BYTES as u64);
-            };
-            Ok(serving(&memory, serve, || touch_all(&mapping)))
-        }],
+        [
+            ("dormouse", &mut || served(true)),
+            ("dormouse on demand", &mut || served(false)),
+            ("page by page", &mut || {
+                let (mapping, memory) = fresh(GUEST_PAGES, false)?;
+                let serve = |page: u64, into: &mut [u8; PAGE_BYTES]| {
+                    // A failed read would show as a wrong figure, not as wrong data: nobody keeps it.
+                    let _ = file.read_exact_at(into, page * PAGE_BYTES as u64);
+                };
+                Ok(serving(&memory, serve, || touch_all(&mapping)))
+            }),
+        ],
     )?;
     let floor = median(floor);
     Ok(vec![

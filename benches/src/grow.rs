@@ -14,7 +14,7 @@ use crate::guest::{Bench, GUEST_PAGES, import, name, start};
 use crate::install::{decoded, image, resume_with};
 use crate::raw::copy_all;
 use crate::row::Row;
-use crate::stats::{in_turns, median, ms, quantile};
+use crate::stats::{median, ms, quantile};
 use crate::{BenchError, Result};
 
 /// Pages of the working sets: 16 MiB.
@@ -48,8 +48,12 @@ pub fn vm_size(bench: &Bench) -> Result<Vec<Row>> {
         import(&store, called, &path, None)?;
         store.build_stream(&store.open_snapshot(&name(called)?)?, &touched)?;
     }
-    let [large, small] =
-        in_turns(bench.times(), [&mut || resume(&store, "large"), &mut || resume(&store, "small")])?;
+    let [large, small] = bench.compare(
+        "grow_vm_size",
+        "ms",
+        bench.times(),
+        [("64 GiB", &mut || resume(&store, "large")), ("128 MiB", &mut || resume(&store, "small"))],
+    )?;
     Ok(vec![Row::at_most("grow_vm_size", "ms", median(large), median(small), 1.2)])
 }
 
@@ -77,8 +81,12 @@ pub fn generations(bench: &Bench) -> Result<Vec<Row>> {
     for generation in [1, last] {
         store.build_stream(&store.open_snapshot(&name(&called(generation))?)?, &touched)?;
     }
-    let [late, first] =
-        in_turns(bench.times(), [&mut || resume(&store, &called(last)), &mut || resume(&store, &called(1))])?;
+    let [late, first] = bench.compare(
+        "grow_generations",
+        "ms",
+        bench.times(),
+        [("last", &mut || resume(&store, &called(last))), ("first", &mut || resume(&store, &called(1)))],
+    )?;
     Ok(vec![Row::at_most("grow_generations", "ms", median(late), median(first), 1.1)])
 }
 
@@ -87,11 +95,16 @@ pub fn many(bench: &Bench) -> Result<Vec<Row>> {
     let (machines, mib) = (100, if bench.quick { 4 } else { 16 });
     let resumed = resume_with(bench, mib)?;
     let (hot, image) = (decoded(&resumed)?, image(&resumed)?);
-    let [ours, floor] = in_turns(
+    let [ours, floor] = bench.compare(
+        "many_100",
+        "ms",
         3,
-        [&mut || at_once(machines, &image, &hot), &mut || {
-            (0..machines).try_fold(0.0, |sum, _| Ok(sum + ms(copy_all(&hot, GUEST_PAGES)?)))
-        }],
+        [
+            ("p99 of a hundred", &mut || at_once(machines, &image, &hot)),
+            ("raw copies", &mut || {
+                (0..machines).try_fold(0.0, |sum, _| Ok(sum + ms(copy_all(&hot, GUEST_PAGES)?)))
+            }),
+        ],
     )?;
     Ok(vec![Row::at_most("many_100", "ms", median(ours), median(floor), 2.0)])
 }

@@ -13,7 +13,7 @@ use dormouse_restore::{
 };
 use tempfile::TempDir;
 
-use crate::stats::Rng;
+use crate::stats::{Rng, Sampler, Side, in_turns};
 use crate::{BenchError, Options, Result};
 
 /// Memory measured with: 128 MiB.
@@ -23,7 +23,6 @@ pub const GUEST_PAGES: u64 = 32 * 1024;
 pub const MEMORY: &str = "memory";
 
 /// What all measurements share.
-#[derive(Debug)]
 pub struct Bench {
     /// Fewer repetitions.
     pub quick: bool,
@@ -31,6 +30,7 @@ pub struct Bench {
     bytes: Vec<u8>,
     nonzero: Vec<u64>,
     local: OnceLock<Store>,
+    sampler: Option<Box<dyn Sampler>>,
 }
 
 impl Bench {
@@ -55,7 +55,35 @@ impl Bench {
             dormouse_core::page::is_zero(&bytes[at..at + PAGE_BYTES])
         };
         let nonzero = (0..GUEST_PAGES).filter(|p| !zero(p)).collect();
-        Ok(Bench { quick: options.quick, dir, bytes, nonzero, local: OnceLock::new() })
+        Ok(Bench { quick: options.quick, dir, bytes, nonzero, local: OnceLock::new(), sampler: None })
+    }
+
+    /// Takes samples by `sampler` instead of in turns.
+    pub fn sampled_by(self, sampler: Box<dyn Sampler>) -> Self {
+        Bench { sampler: Some(sampler), ..self }
+    }
+
+    /// Another way to take samples, if there is one.
+    pub fn sampler(&self) -> Option<&dyn Sampler> {
+        self.sampler.as_deref()
+    }
+
+    /// Samples of the sides of `row`, each with its name, in `unit`.
+    pub(crate) fn compare<const N: usize>(
+        &self,
+        row: &str,
+        unit: &str,
+        times: usize,
+        sides: [(&str, Side<'_>); N],
+    ) -> Result<[Vec<f64>; N]> {
+        let Some(sampler) = self.sampler() else {
+            return in_turns(times, sides.map(|(_, side)| side));
+        };
+        let mut samples: [Vec<f64>; N] = std::array::from_fn(|_| Vec::new());
+        for ((called, side), samples) in sides.into_iter().zip(&mut samples) {
+            *samples = sampler.sample(&format!("{row}/{called}"), unit, side)?;
+        }
+        Ok(samples)
     }
 
     /// How often something is repeated that takes well below a second.
@@ -71,11 +99,6 @@ impl Bench {
     /// The guest's memory.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
-    }
-
-    /// One page of it.
-    pub fn page(&self, page: u64) -> &[u8] {
-        &self.bytes[page as usize * PAGE_BYTES..][..PAGE_BYTES]
     }
 
     /// The guest's memory as a file.
@@ -105,6 +128,12 @@ impl Bench {
     pub fn local_cold(&self) -> Result<Store> {
         let dir = self.dir().join("store");
         Ok(Store::open(&dir.to_string_lossy(), StoreOptions::default())?)
+    }
+}
+
+impl std::fmt::Debug for Bench {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bench").field("quick", &self.quick).field("dir", &self.dir).finish_non_exhaustive()
     }
 }
 

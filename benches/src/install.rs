@@ -9,7 +9,7 @@ use dormouse_restore::{Policy, StoredImage, VmStopped, fill_from_memory, fill_fr
 use crate::guest::{Bench, GUEST_PAGES, MEMORY, name, start};
 use crate::raw::{PlainFrames, copy_all};
 use crate::row::Row;
-use crate::stats::{in_turns, median, ms, timed};
+use crate::stats::{median, ms, timed};
 use crate::{BenchError, Result};
 
 /// Threads that decode, and cores that the floor is given.
@@ -37,10 +37,13 @@ pub fn hot(bench: &Bench, mib: u64) -> Result<Vec<Row>> {
     let resume = resume_with(bench, mib)?;
     let hot = decoded(&resume)?;
     let image = image(&resume)?;
-    let [ours, floor] = in_turns(
+    let row = format!("install_hot_{mib}mib");
+    let [ours, floor] = bench.compare(
+        &row,
+        "ms",
         bench.times(),
         [
-            &mut || {
+            ("dormouse", &mut || {
                 let (_mapping, handle) = start(image.clone(), Policy::default())?;
                 let (took, pages) = timed(|| Ok(fill_from_memory(&handle.installer(), &hot, 0)?))?;
                 let counts = handle.stop(VmStopped::attest());
@@ -48,11 +51,11 @@ pub fn hot(bench: &Bench, mib: u64) -> Result<Vec<Row>> {
                     return Err(BenchError::wrong("not all of the working set was installed"));
                 }
                 Ok(ms(took))
-            },
-            &mut || Ok(ms(copy_all(&hot, GUEST_PAGES)?)),
+            }),
+            ("raw copies", &mut || Ok(ms(copy_all(&hot, GUEST_PAGES)?))),
         ],
     )?;
-    Ok(vec![Row::at_most(&format!("install_hot_{mib}mib"), "ms", median(ours), median(floor), 1.15)])
+    Ok(vec![Row::at_most(&row, "ms", median(ours), median(floor), 1.15)])
 }
 
 fn raw_bytes(hot: &HotStream) -> u64 {
@@ -68,10 +71,12 @@ pub fn warm(bench: &Bench) -> Result<Vec<Row>> {
     // The same bytes as the stream's, and so the same work.
     let plain = PlainFrames::of(all.chunks(256 << 10), STREAM_LEVEL)?;
     let guest = name("guest")?;
-    let [ours, zstd, copies] = in_turns(
+    let [ours, zstd, copies] = bench.compare(
+        "install_warm_64mib",
+        "ms",
         bench.times(),
         [
-            &mut || {
+            ("dormouse", &mut || {
                 let store = bench.local_cold()?;
                 let (_mapping, handle) = start(image(&resume)?, Policy::default())?;
                 let (took, filled) = timed(|| {
@@ -84,9 +89,9 @@ pub fn warm(bench: &Bench) -> Result<Vec<Row>> {
                     None => Ok(ms(took)),
                     Some(why) => Err(BenchError::wrong(why)),
                 }
-            },
-            &mut || Ok(ms(plain.decode_all(WORKERS))),
-            &mut || Ok(ms(copy_all(&hot, GUEST_PAGES)?)),
+            }),
+            ("plain zstd", &mut || Ok(ms(plain.decode_all(WORKERS)))),
+            ("raw copies", &mut || Ok(ms(copy_all(&hot, GUEST_PAGES)?))),
         ],
     )?;
     let floor = median(zstd).max(median(copies));

@@ -104,25 +104,43 @@ const GROUPS: [(&[&str], Measure); 12] = [
 
 /// Measures what `options` ask for; `progress` hears what is being measured.
 pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Vec<Row>> {
-    let wanted = |name: &str| options.only.as_ref().is_none_or(|only| name.starts_with(only.as_str()));
-    let groups: Vec<_> = GROUPS
-        .iter()
-        .filter(|(names, _)| {
-            names.iter().any(|n| wanted(n))
-                || options.only.as_ref().is_some_and(|o| names.iter().any(|n| o.starts_with(n)))
-        })
-        .collect();
+    let groups = chosen(options)?;
+    progress("preparing a guest's memory");
+    measure(&Bench::new(options)?, options, &groups, progress)
+}
+
+/// Has `sampler` take the samples of all that `options` ask for, instead of this crate.
+pub fn run_by(sampler: Box<dyn stats::Sampler>, options: &Options) -> Result<()> {
+    let bench = Bench::new(options)?.sampled_by(sampler);
+    measure(&bench, options, &chosen(options)?, |_| {}).map(drop)
+}
+
+fn wanted(options: &Options, name: &str) -> bool {
+    options.only.as_ref().is_none_or(|only| name.starts_with(only.as_str()))
+}
+
+fn chosen(options: &Options) -> Result<Vec<(&'static [&'static str], Measure)>> {
+    let whole = |name: &&str| options.only.as_ref().is_some_and(|only| only.starts_with(*name));
+    let chosen = |names: &[&str]| names.iter().any(|name| wanted(options, name) || whole(name));
+    let groups: Vec<_> = GROUPS.into_iter().filter(|(names, _)| chosen(names)).collect();
     if groups.is_empty() {
         let known: Vec<_> = GROUPS.iter().flat_map(|(names, _)| names.iter().copied()).collect();
         return Err(BenchError::wrong(format!("no row is called so; there are {}", known.join(", "))));
     }
-    progress("preparing a guest's memory");
-    let bench = Bench::new(options)?;
+    Ok(groups)
+}
+
+fn measure(
+    bench: &Bench,
+    options: &Options,
+    groups: &[(&'static [&'static str], Measure)],
+    mut progress: impl FnMut(&str),
+) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (names, measure) in groups {
         progress(names[0]);
-        rows.extend(measure(&bench)?);
+        rows.extend(measure(bench)?);
     }
-    rows.retain(|row| wanted(&row.name));
+    rows.retain(|row| wanted(options, &row.name));
     Ok(rows)
 }

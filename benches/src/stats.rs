@@ -54,11 +54,17 @@ pub fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(Duration, T)> {
     Ok((start.elapsed(), done))
 }
 
+/// What is measured once: a time in the unit of its row.
+pub type Side<'a> = &'a mut dyn FnMut() -> Result<f64>;
+
+/// Another way to take samples than in turns, such as criterion's.
+pub trait Sampler {
+    /// Samples of `side`, which are times in `unit` ("ms" or "us").
+    fn sample(&self, label: &str, unit: &str, side: Side<'_>) -> Result<Vec<f64>>;
+}
+
 /// Runs all of `sides` once to warm up, then `times` times in turns; the samples of each.
-pub fn in_turns<const N: usize>(
-    times: usize,
-    mut sides: [&mut dyn FnMut() -> Result<f64>; N],
-) -> Result<[Vec<f64>; N]> {
+pub(crate) fn in_turns<const N: usize>(times: usize, mut sides: [Side<'_>; N]) -> Result<[Vec<f64>; N]> {
     let mut samples: [Vec<f64>; N] = std::array::from_fn(|_| Vec::with_capacity(times));
     for turn in 0..=times {
         for (side, samples) in sides.iter_mut().zip(&mut samples) {
