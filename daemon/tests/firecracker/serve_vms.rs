@@ -217,7 +217,9 @@ fn the_command_line_asks_the_daemon_and_prints_what_it_would_print_alone() {
     let waiting = Running::start(scene.dormouse("host", &resume));
     let running = || {
         let vms = daemon.get("/v1/vms");
-        vms["vms"].as_array().unwrap().iter().find(|vm| vm["state"] == "running").cloned()
+        // It runs a moment before its resume is over, until when nothing else can be asked of it.
+        let over = |vm: &&Value| vm["state"] == "running" && vm["operation"].is_null();
+        vms["vms"].as_array().unwrap().iter().find(over).cloned()
     };
     wait_until("it to run", || running().is_some());
     let reported = running().unwrap();
