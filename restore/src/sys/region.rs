@@ -113,31 +113,10 @@ impl RegionPages<'_> {
         self.outcome(unsafe { abi::copy(self.region.inner.fd(), self.start, bytes) })
     }
 
-    /// Installs the pages of `staging` from byte `offset` on by moving them, without copying a byte; the
-    /// staging memory has holes there afterwards. Own memory of small pages only.
-    pub fn move_from(&self, staging: &mut Mapping, offset: usize) -> Outcome {
-        let end = (offset as u64).checked_add(self.bytes);
-        let inside = end.is_some_and(|e| e <= staging.bytes() as u64);
-        let small = staging.page_size() == PageSize::Small && self.region.page_size == PageSize::Small;
-        if !inside || !small || self.region.own.is_none() || !offset.is_multiple_of(4096) {
-            return Outcome::Refused(libc::EINVAL);
-        }
-        let source = staging.addr() + offset as u64;
-        // SAFETY: the target lies inside a registered region of our own process; the source inside private
-        // anonymous memory held exclusively (`&mut`), whose type allows its bytes to turn to zero.
-        self.outcome(unsafe { abi::move_pages(self.region.inner.fd(), self.start, source, self.bytes) })
-    }
-
     /// Installs zero pages in one UFFDIO_ZEROPAGE and wakes who waits. Not for 2 MiB pages.
     pub fn zero(&self) -> Outcome {
         // SAFETY: as in `copy`.
         self.outcome(unsafe { abi::range(self.region.inner.fd(), RangeOp::Zero, self.start, self.bytes) })
-    }
-
-    /// Maps pages that are in the page cache of a shared memory file already, and wakes who waits.
-    pub fn map_existing(&self) -> Outcome {
-        // SAFETY: as in `copy`.
-        self.outcome(unsafe { abi::range(self.region.inner.fd(), RangeOp::Continue, self.start, self.bytes) })
     }
 
     /// Poisons the pages that are missing: touching them raises SIGBUS. Wakes who waits. Linux 6.6.
