@@ -114,6 +114,12 @@ impl Metrics {
             metrics.durable_seconds.clone(),
         );
         registry.register("vms_ended", "VMs whose process ended", metrics.ended.clone());
+        // Counters that are there from the start, at nothing: a rate over one that appears with its first event misses it.
+        drop(metrics.resumes.get_or_create(&ByResult { result: "ok" }));
+        drop(metrics.standbys.get_or_create(&ByResult { result: "ok" }));
+        for how in ["ended", "standby", "killed"] {
+            drop(metrics.ended.get_or_create(&ByHow { how }));
+        }
         store.register(&mut registry);
         Metrics { registry, ..metrics }
     }
