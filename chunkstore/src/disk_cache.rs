@@ -21,7 +21,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
-    io::{Read as _, Write as _},
+    io::{IoSliceMut, Read as _, Write as _},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread::JoinHandle,
@@ -29,10 +29,14 @@ use std::{
 
 use dormouse_core::{FrameHash, FrameRef};
 
+use crate::page_cache::read_at_hand;
+
 const MAGIC: [u8; 8] = *b"DORMFRAM";
 /// Raise it whenever the bytes change: what another version wrote is deleted.
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 64;
+/// Of which the checksum covers these.
+const CHECKED_BYTES: usize = 32;
 /// Frames that may wait to be written, of at most 128 KiB each but for page maps.
 const QUEUE: usize = 64;
 
@@ -91,6 +95,21 @@ impl DiskCache {
         Some(object)
     }
 
+    /// Puts the frame's stored bytes into `into`, whose content is forgotten, if they are in the page cache. Their hash is
+    /// for the caller to check; what is damaged is for [`DiskCache::get`] to find and to delete.
+    pub(crate) fn get_at_hand(&self, frame: &FrameRef, into: &mut Vec<u8>) -> bool {
+        let Ok(file) = File::open(path(&self.dir, frame.hash)) else { return false };
+        let mut header = [0; HEADER_BYTES];
+        into.resize(frame.stored_bytes as usize, 0);
+        let parts = &mut [IoSliceMut::new(&mut header), IoSliceMut::new(into)];
+        let here =
+            read_at_hand(&file, parts, 0) && header[..CHECKED_BYTES] == prologue(frame.hash, into.len());
+        if here {
+            self.send(Job::Used(frame.hash));
+        }
+        here
+    }
+
     /// Keeps a frame for later, if the disk is not busy.
     pub(crate) fn put(&self, frame: &FrameRef, stored: &[u8]) {
         self.send(Job::Insert(frame.hash, stored.to_vec()));
@@ -129,14 +148,21 @@ impl Drop for DiskCache {
     }
 }
 
+/// What the header says before its checksum.
+fn prologue(hash: FrameHash, stored_bytes: usize) -> [u8; CHECKED_BYTES] {
+    let mut prologue = [0; CHECKED_BYTES];
+    prologue[..8].copy_from_slice(&MAGIC);
+    prologue[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    prologue[12..16].copy_from_slice(&(stored_bytes as u32).to_le_bytes());
+    prologue[16..].copy_from_slice(&hash.0);
+    prologue
+}
+
 fn header(hash: FrameHash, stored: &[u8]) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
-    header[..8].copy_from_slice(&MAGIC);
-    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    header[12..16].copy_from_slice(&(stored.len() as u32).to_le_bytes());
-    header[16..32].copy_from_slice(&hash.0);
-    let checksum = blake3::Hasher::new().update(&header[..32]).update(stored).finalize();
-    header[32..].copy_from_slice(checksum.as_bytes());
+    header[..CHECKED_BYTES].copy_from_slice(&prologue(hash, stored.len()));
+    let checksum = blake3::Hasher::new().update(&header[..CHECKED_BYTES]).update(stored).finalize();
+    header[CHECKED_BYTES..].copy_from_slice(checksum.as_bytes());
     header
 }
 

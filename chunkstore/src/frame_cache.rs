@@ -2,13 +2,19 @@
 
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
-use dormouse_core::{PAGE_BYTES, PackId, Slot};
+use dormouse_core::{Domain, FrameRef, PAGE_BYTES, PackId, Slot};
 use quick_cache::{Weighter, sync::Cache};
 
-use crate::error::Result;
+use crate::{
+    error::Result,
+    near_frame::{Kind, NearFrame, Partly},
+};
 
 /// Where a frame lies: its pack and its offset there.
 pub(crate) type FrameKey = (PackId, u32);
@@ -53,21 +59,40 @@ impl Drop for Buffer {
 
 /// Buffers that were in use and will be again.
 #[derive(Debug, Default)]
-struct Spare(Mutex<Vec<Vec<u8>>>);
+pub(crate) struct Spare {
+    buffers: Mutex<Vec<Vec<u8>>>,
+    partly: AtomicUsize,
+}
 
 impl Spare {
     /// Buffers kept: 4 MiB.
     const MOST: usize = 32;
+    /// Frames that may be decoded in part at once. Each holds a decoder, which is larger than the frame.
+    const PARTLY_MOST: usize = 32;
 
-    fn take(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    fn buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, buffer: Vec<u8>) {
-        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < Self::MOST {
+    fn take(&self) -> Vec<u8> {
+        self.buffers().pop().unwrap_or_default()
+    }
+
+    pub(crate) fn put(&self, buffer: Vec<u8>) {
+        let mut spare = self.buffers();
+        if buffer.capacity() > 0 && spare.len() < Self::MOST {
             spare.push(buffer);
         }
+    }
+
+    /// Whether one more frame may be decoded in part.
+    fn one_more_partly(&self) -> bool {
+        let more = |n| (n < Self::PARTLY_MOST).then_some(n + 1);
+        self.partly.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    pub(crate) fn one_less_partly(&self) {
+        self.partly.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -122,25 +147,44 @@ impl FrameCache {
         self.cache.get(&key)
     }
 
-    /// The frame, from memory or from `decode`, which is near at hand. Waits for nobody.
+    /// The frame, from memory, or from its stored bytes, which `read` puts into a buffer if they are at hand. Waits for
+    /// nobody.
     ///
-    /// Most frames are decoded once in the life of a machine, so only one that is decoded for the second time is kept;
-    /// the others' buffers are used again, for fresh memory costs a fault a page.
+    /// Most frames are decoded once in the life of a machine, so only one that is asked for a second time is kept; the
+    /// others are decoded no further than somebody needs, and their buffers are used again, for fresh memory costs a
+    /// fault a page.
     pub(crate) fn get_near(
         &self,
         key: FrameKey,
-        decode: impl FnOnce(&mut Vec<u8>) -> Option<()>,
-    ) -> Option<DecodedFrame> {
+        at: &FrameRef,
+        domain: &Domain,
+        read: impl FnOnce(&mut Vec<u8>) -> bool,
+    ) -> Option<NearFrame> {
         if let Some(frame) = self.cache.get(&key) {
-            return Some(frame);
+            return Some(NearFrame(Kind::Whole(frame)));
         }
-        let mut buffer = Buffer { raw: self.spare.take(), home: Some(self.spare.clone()) };
-        decode(&mut buffer.raw)?;
-        let frame = DecodedFrame(Arc::new(buffer));
-        if self.once.seen_before(key) {
+        let mut stored = self.spare.take();
+        let mut raw = self.spare.take();
+        if !read(&mut stored) {
+            self.spare.put(stored);
+            self.spare.put(raw);
+            return None;
+        }
+        // What is wrong with it, if anything, is for the ordinary way to find out and to tell.
+        let again = self.once.seen_before(key);
+        if !again && self.spare.one_more_partly() {
+            let begun = at.begin(domain, stored, raw).inspect_err(|_| self.spare.one_less_partly());
+            let partly = Partly::new(begun.ok()?, self.spare.clone());
+            return Some(NearFrame(Kind::Partly(Arc::new(partly))));
+        }
+        let decoded = at.decode_into(domain, &stored, &mut raw);
+        self.spare.put(stored);
+        decoded.ok()?;
+        let frame = DecodedFrame(Arc::new(Buffer { raw, home: Some(self.spare.clone()) }));
+        if again {
             self.cache.insert(key, frame.clone());
         }
-        Some(frame)
+        Some(NearFrame(Kind::Whole(frame)))
     }
 
     /// The frame, from memory or from `fetch`; whoever else asks meanwhile waits for the same fetch.
@@ -153,56 +197,92 @@ impl FrameCache {
 
 #[cfg(test)]
 mod tests {
+    use dormouse_core::{FrameHash, frame::EncodedFrame};
+
     use super::*;
 
-    const KEY: FrameKey = (PackId([7; 32]), 4096);
+    const PAGES: usize = 32;
 
-    #[test]
-    fn a_frame_near_at_hand_is_kept_when_it_is_decoded_for_the_second_time() {
-        let cache = FrameCache::new(1 << 20);
-        let mut decoded = 0;
-        for _ in 0..4 {
-            let frame = cache.get_near(KEY, |raw| {
-                decoded += 1;
-                raw.clear();
-                raw.resize(PAGE_BYTES, 5);
-                Some(())
-            });
-            assert_eq!(frame.as_ref().map(DecodedFrame::bytes), Some(&[5; PAGE_BYTES][..]));
-        }
-        assert_eq!(decoded, 2);
+    /// A frame of noise and zeros, in blocks that are decoded one by one.
+    fn frame(n: u32) -> (FrameKey, FrameRef, EncodedFrame, Vec<u8>) {
+        let noise = |at: usize| blake3::hash(&[at as u8, (at >> 8) as u8, n as u8]).as_bytes()[0];
+        let raw: Vec<u8> =
+            (0..PAGES * PAGE_BYTES).map(|at| if at % 4 == 0 { noise(at / 4) } else { n as u8 }).collect();
+        let encoded = EncodedFrame::encode(&Domain::plain(), &raw, 3);
+        let (stored_bytes, raw_bytes) = (encoded.stored.len() as u32, raw.len() as u32);
+        let (codec, hash) = (encoded.codec, encoded.hash);
+        let at = FrameRef { pack: 0, offset: n, stored_bytes, raw_bytes, codec, hash };
+        ((PackId([7; 32]), n), at, encoded, raw)
+    }
+
+    fn near(cache: &FrameCache, n: u32) -> NearFrame {
+        let (key, at, encoded, _) = frame(n);
+        let read = |into: &mut Vec<u8>| {
+            into.clear();
+            into.extend_from_slice(&encoded.stored);
+            true
+        };
+        cache.get_near(key, &at, &Domain::plain(), read).unwrap()
     }
 
     #[test]
-    fn a_frame_that_cannot_be_decoded_leaves_nothing_behind() {
+    fn a_frame_near_at_hand_is_kept_when_it_is_asked_for_a_second_time() {
         let cache = FrameCache::new(1 << 20);
+        assert!(matches!(near(&cache, 1), NearFrame(Kind::Partly(_))));
+        assert!(cache.peek(frame(1).0).is_none());
+        assert!(matches!(near(&cache, 1), NearFrame(Kind::Whole(_))));
+        assert_eq!(cache.peek(frame(1).0).unwrap().bytes(), frame(1).3);
+    }
+
+    #[test]
+    fn all_threads_that_decode_a_frame_bit_by_bit_see_the_same_bytes() {
+        let (cache, raw) = (FrameCache::new(1 << 20), frame(1).3);
+        let one = near(&cache, 1);
+        assert_eq!(one.pages(), PAGES);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (one, raw) = (one.clone(), &raw);
+                scope.spawn(move || {
+                    for slot in (0..PAGES).map(|n| (n * 13 + thread * 5) % PAGES) {
+                        let pages = (1 + slot * 7 % 12).min(PAGES - slot);
+                        let bytes = one.slots(slot, pages).unwrap();
+                        assert_eq!(bytes, &raw[slot * PAGE_BYTES..(slot + pages) * PAGE_BYTES]);
+                    }
+                });
+            }
+        });
+        assert!(matches!(one.slots(0, PAGES), Some(std::borrow::Cow::Borrowed(_))), "it is whole by now");
+        assert_eq!(one.slots(PAGES - 1, 2), None, "the frame ends before");
+    }
+
+    #[test]
+    fn a_frame_that_is_not_what_was_stored_leaves_nothing_behind() {
+        let cache = FrameCache::new(1 << 20);
+        let (key, at, encoded, _) = frame(1);
+        let at = FrameRef { hash: FrameHash([9; 16]), ..at };
         for _ in 0..3 {
-            let fails = |raw: &mut Vec<u8>| {
-                raw.extend([1, 2, 3]);
-                None
+            let read = |into: &mut Vec<u8>| {
+                into.clone_from(&encoded.stored);
+                true
             };
-            assert!(cache.get_near(KEY, fails).is_none());
+            assert!(cache.get_near(key, &at, &Domain::plain(), read).is_none());
+            assert!(cache.get_near(key, &at, &Domain::plain(), |_| false).is_none());
         }
-        assert!(cache.peek(KEY).is_none());
-        let works = |raw: &mut Vec<u8>| {
-            raw.clear();
-            raw.push(9);
-            Some(())
-        };
-        assert_eq!(cache.get_near(KEY, works).as_ref().map(DecodedFrame::bytes), Some(&[9][..]));
+        assert!(cache.peek(key).is_none());
+        assert_eq!(cache.spare.partly.load(Ordering::Relaxed), 0);
     }
 
     #[test]
-    fn buffers_are_used_again_and_only_so_many_are_kept() {
+    fn so_many_frames_are_decoded_in_part_and_no_more_and_buffers_are_used_again() {
         let cache = FrameCache::new(1 << 20);
-        let decode = |raw: &mut Vec<u8>| {
-            raw.resize(64, 0);
-            Some(())
-        };
-        let frames: Vec<_> = (0..100u32).filter_map(|at| cache.get_near((KEY.0, at), decode)).collect();
-        assert_eq!(frames.len(), 100);
+        let frames: Vec<_> = (0..100).map(|n| near(&cache, n)).collect();
+        let partly = frames.iter().filter(|f| matches!(f, NearFrame(Kind::Partly(_)))).count();
+        assert_eq!(partly, Spare::PARTLY_MOST);
+        for (n, one) in frames.iter().enumerate() {
+            assert_eq!(one.slots(5, 1).unwrap(), &frame(n as u32).3[5 * PAGE_BYTES..][..PAGE_BYTES]);
+        }
         drop(frames);
-        let spare = cache.spare.0.lock().map(|spare| spare.len());
-        assert_eq!(spare.ok(), Some(Spare::MOST));
+        assert_eq!(cache.spare.buffers().len(), Spare::MOST);
+        assert!(matches!(near(&cache, 100), NearFrame(Kind::Partly(_))), "those that are done count no more");
     }
 }

@@ -17,7 +17,9 @@ mod index;
 mod keyring;
 mod keys;
 mod meta_packs;
+mod near_frame;
 mod new_root;
+mod page_cache;
 mod parallel;
 mod progress;
 mod refs;
@@ -37,6 +39,7 @@ pub use import::{
     BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, SECTION_PACKS_MAX,
 };
 pub use keyring::{KeyList, KnownKey, RotateReport, random_key};
+pub use near_frame::NearFrame;
 pub use progress::{NoProgress, Progress};
 pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};

@@ -13,6 +13,7 @@ use dormouse_core::{
 use crate::{
     error::{Result, StoreError},
     frame_cache::DecodedFrame,
+    near_frame::NearFrame,
     store::Store,
 };
 
@@ -205,14 +206,13 @@ impl Image {
         self.snapshot.store.frames.peek((at.pack.id, at.frame.offset))
     }
 
-    /// The frame if it is in memory, or if its stored bytes are (in the page cache): those are verified and decoded
-    /// here. Waits for no disk, no network and no other thread.
-    pub fn frame_at_hand(&self, at: &FramePlace) -> Option<DecodedFrame> {
+    /// The frame if it is in memory, or if its stored bytes are (in the page cache): those are verified here, and decoded
+    /// as they are needed. Waits for no disk and no network.
+    pub fn frame_at_hand(&self, at: &FramePlace) -> Option<NearFrame> {
         let store = &self.snapshot.store;
-        store.frames.get_near((at.pack.id, at.frame.offset), |raw| {
-            let stored = store.backend.get_at_hand(&store.keys.pack(at.pack.id), at.frame.range())?;
-            // What is wrong with it is for the ordinary way to find out and to tell.
-            at.frame.decode_into(&store.domain, &stored, raw).ok()
+        store.frames.get_near((at.pack.id, at.frame.offset), &at.frame, &store.domain, |stored| {
+            store.backend.get_at_hand(&store.keys.pack(at.pack.id), at.frame.range(), stored)
+                || store.disk().is_some_and(|disk| disk.get_at_hand(&at.frame, stored))
         })
     }
 

@@ -1,6 +1,6 @@
 //! Frames: up to 32 pages compressed together, the unit of fetch, verify and decode.
 
-use std::cell::RefCell;
+use std::{borrow::Cow, cell::RefCell};
 
 use crate::{
     domain::Domain,
@@ -122,6 +122,21 @@ impl FrameRef {
     /// After an error the buffer's content means nothing.
     pub fn decode_into(&self, domain: &Domain, stored: &[u8], raw: &mut Vec<u8>) -> Result<(), FormatError> {
         raw.clear();
+        let opened = self.verified(domain, stored)?;
+        let raw_bytes = self.raw_bytes as usize;
+        match self.codec {
+            Codec::Raw => raw.extend_from_slice(&opened),
+            Codec::Zstd => decompress_into(&opened, raw_bytes, raw, "frame")?,
+        }
+        if raw.len() == raw_bytes { Ok(()) } else { Err(FormatError::Undecodable("frame")) }
+    }
+
+    /// What is stored, verified and opened. No frame is decoded that did not come through here.
+    pub(crate) fn verified<'a>(
+        &self,
+        domain: &Domain,
+        stored: &'a [u8],
+    ) -> Result<Cow<'a, [u8]>, FormatError> {
         if stored.len() != self.stored_bytes as usize {
             return Err(FormatError::Truncated("frame"));
         }
@@ -134,11 +149,7 @@ impl FrameRef {
             let (value, limit) = (raw_bytes as u64, META_FRAME_BYTES_MAX as u64);
             return Err(FormatError::OverLimit { what: "raw frame bytes", value, limit });
         }
-        match self.codec {
-            Codec::Raw => raw.extend_from_slice(&opened),
-            Codec::Zstd => decompress_into(&opened, raw_bytes, raw, "frame")?,
-        }
-        if raw.len() == raw_bytes { Ok(()) } else { Err(FormatError::Undecodable("frame")) }
+        Ok(opened)
     }
 }
 
@@ -219,6 +230,14 @@ pub(crate) fn decompress(
     Ok(raw)
 }
 
+/// That a zstd frame's own header promises `raw_bytes`.
+pub(crate) fn check_size(stored: &[u8], raw_bytes: usize, what: &'static str) -> Result<(), FormatError> {
+    match zstd::zstd_safe::get_frame_content_size(stored) {
+        Ok(Some(n)) if n == raw_bytes as u64 => Ok(()),
+        _ => Err(FormatError::Undecodable(what)),
+    }
+}
+
 /// [`decompress`] into a buffer, which is cleared first.
 fn decompress_into(
     stored: &[u8],
@@ -226,9 +245,7 @@ fn decompress_into(
     raw: &mut Vec<u8>,
     what: &'static str,
 ) -> Result<(), FormatError> {
-    if !matches!(zstd::zstd_safe::get_frame_content_size(stored), Ok(Some(n)) if n == raw_bytes as u64) {
-        return Err(FormatError::Undecodable(what));
-    }
+    check_size(stored, raw_bytes, what)?;
     raw.clear();
     raw.reserve_exact(raw_bytes);
     DECOMPRESSOR.with_borrow_mut(|slot| {

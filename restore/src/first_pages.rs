@@ -349,7 +349,7 @@ impl FirstPagesSource {
                             "a frame is shorter than its page map says",
                         )
                     };
-                    bytes.extend_from_slice(decoded.slots(from, here).ok_or_else(damaged)?);
+                    bytes.extend_from_slice(&decoded.slots(from, here).ok_or_else(damaged)?);
                 }
             }
             if here == 0 {

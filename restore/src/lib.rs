@@ -71,7 +71,9 @@ pub use plan::{PageRun, PageSize, Plan, PlanError, RegionSpec};
 pub use policy::{FailClosed, Policy, Retry};
 pub use recording::{PageByPage, Recording, SessionRecord};
 pub use session::{BulkInstaller, DetachError, Restore, RestoreHandle, VmStopped};
-pub use source::{Content, DecodedFrame, Extent, FrameToken, PageSource, SourceError, SourceErrorKind};
+pub use source::{
+    Content, DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind,
+};
 pub use stored_image::StoredImage;
 pub use stream_fill::{StreamFill, StreamFilled, fill_from_memory, fill_from_stream};
 pub use sys::mapping::Mapping;

@@ -122,17 +122,21 @@ impl Core {
         decoded: Option<&DecodedFrame>,
     ) -> Result<u64, RestoreError> {
         let (step, bytes) = match (extent.content, decoded, self.plan.pages_of(span.first())) {
-            (Content::Zero, None, _) => (span.part(0, ZERO_STEP_PAGES), Some(Bytes::Zero)),
+            (Content::Zero, None, _) => {
+                let step = span.part(0, ZERO_STEP_PAGES);
+                self.fill(step, Bytes::Zero)?;
+                return Ok(step.cells());
+            }
             (Content::Frame { slot, .. }, Some(decoded), Some(run)) => {
                 let step = span.part(0, STEP_PAGES);
                 let slot = slot.get() as u64 + (run.first.0 - extent.first.0);
-                (step, decoded.slots(slot, step.cells()).map(Bytes::Of))
+                (step, decoded.slots(slot, step.cells()))
             }
             _ => (span, None),
         };
         // A frame that is shorter than its page map says is for a fault to report.
         let Some(bytes) = bytes else { return Ok(span.cells()) };
-        self.fill(step, bytes)?;
+        self.fill(step, Bytes::Of(&bytes))?;
         Ok(step.cells())
     }
 }

@@ -222,12 +222,12 @@ impl Core {
         });
         match bytes {
             Some(bytes) => {
-                let done = self.fill(span, Bytes::Of(bytes));
+                let done = self.fill(span, Bytes::Of(&bytes));
                 self.filled(done, since);
             }
             None => {
                 let message = format!(
-                    "its frame holds {} pages, fewer than its page map says; run `verify` on the snapshot",
+                    "its frame of {} pages holds fewer than its page map says, or is none; run `verify` on the snapshot",
                     decoded.pages()
                 );
                 self.withhold(&waiter, &SourceError::new(SourceErrorKind::Damaged, message));
@@ -275,7 +275,7 @@ impl Core {
                 let at = (page - run.first.0) as usize * PAGE_BYTES;
                 let into = bytes.get_or_insert_with(|| vec![0; run.pages as usize * PAGE_BYTES].into());
                 match (from, into.get_mut(at..at + pages as usize * PAGE_BYTES)) {
-                    (Some(from), Some(into)) => into.copy_from_slice(from),
+                    (Some(from), Some(into)) => into.copy_from_slice(&from),
                     _ => {
                         return Err(SourceError::new(
                             SourceErrorKind::Damaged,

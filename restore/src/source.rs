@@ -1,5 +1,6 @@
 //! The seam between a restore and whatever holds the image: where pages are, and their bytes.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -38,7 +39,8 @@ pub trait PageSource: Send + Sync + 'static {
     }
 
     /// [`fetch`](Self::fetch) if it takes no waiting for a disk, a network or another thread, though it may take
-    /// decoding: called on the fault thread. `None` sends the fault to a worker.
+    /// decoding, which should go no further than is asked for: called on the fault thread. `None` sends the fault to a
+    /// worker.
     fn fetch_at_hand(&self, _frame: FrameToken) -> Option<DecodedFrame> {
         None
     }
@@ -97,31 +99,46 @@ impl Extent {
     }
 }
 
-/// The decoded bytes of one frame: whole pages in slot order, already verified.
+/// The bytes of one frame, whole pages in slot order, verified. What has not been asked for need not be decoded yet.
+pub trait FrameBytes: Send + Sync {
+    /// Pages held.
+    fn pages(&self) -> u64;
+
+    /// The bytes of `pages` slots from `slot` on, or `None` if the frame has fewer, or cannot be decoded.
+    fn slots(&self, slot: u64, pages: u64) -> Option<Cow<'_, [u8]>>;
+}
+
+/// Bytes that are there.
+impl<T: AsRef<[u8]> + Send + Sync> FrameBytes for T {
+    fn pages(&self) -> u64 {
+        (self.as_ref().len() / PAGE_BYTES) as u64
+    }
+
+    fn slots(&self, slot: u64, pages: u64) -> Option<Cow<'_, [u8]>> {
+        let from = usize::try_from(slot).ok()?.checked_mul(PAGE_BYTES)?;
+        let len = usize::try_from(pages).ok()?.checked_mul(PAGE_BYTES)?;
+        self.as_ref().get(from..from.checked_add(len)?).map(Cow::Borrowed)
+    }
+}
+
+/// One frame's bytes, shared.
 #[derive(Clone)]
-pub struct DecodedFrame(Arc<dyn AsRef<[u8]> + Send + Sync>);
+pub struct DecodedFrame(Arc<dyn FrameBytes>);
 
 impl DecodedFrame {
     /// Wraps verified bytes without copying them.
-    pub fn new(bytes: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+    pub fn new(bytes: Arc<dyn FrameBytes>) -> Self {
         DecodedFrame(bytes)
     }
 
     /// Pages held.
     pub fn pages(&self) -> u64 {
-        (self.bytes().len() / PAGE_BYTES) as u64
+        self.0.pages()
     }
 
-    /// All bytes of the frame.
-    pub fn bytes(&self) -> &[u8] {
-        (*self.0).as_ref()
-    }
-
-    /// The bytes of `pages` slots from `slot` on, or `None` if the frame is shorter.
-    pub(crate) fn slots(&self, slot: u64, pages: u64) -> Option<&[u8]> {
-        let from = usize::try_from(slot).ok()?.checked_mul(PAGE_BYTES)?;
-        let len = usize::try_from(pages).ok()?.checked_mul(PAGE_BYTES)?;
-        self.bytes().get(from..from.checked_add(len)?)
+    /// The bytes of `pages` slots from `slot` on, or `None` if the frame has fewer, or cannot be decoded.
+    pub(crate) fn slots(&self, slot: u64, pages: u64) -> Option<Cow<'_, [u8]>> {
+        self.0.slots(slot, pages)
     }
 }
 

@@ -1,15 +1,15 @@
 //! Images in a store as a [`PageSource`].
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
-use dormouse_chunkstore::{FramePlace, Image, StoreError};
+use dormouse_chunkstore::{FramePlace, Image, NearFrame, StoreError};
 use dormouse_core::{
     Section, SectionIndex,
     page::{PageCount, PageIndex},
     section,
 };
 
-use crate::source::{DecodedFrame, Extent, FrameToken, PageSource, SourceError, SourceErrorKind};
+use crate::source::{DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind};
 
 impl From<StoreError> for SourceError {
     fn from(error: StoreError) -> Self {
@@ -61,6 +61,19 @@ impl StoredImage {
     }
 }
 
+/// A frame whose stored bytes are at hand.
+struct Near(NearFrame);
+
+impl FrameBytes for Near {
+    fn pages(&self) -> u64 {
+        self.0.pages() as u64
+    }
+
+    fn slots(&self, slot: u64, pages: u64) -> Option<Cow<'_, [u8]>> {
+        self.0.slots(usize::try_from(slot).ok()?, usize::try_from(pages).ok()?)
+    }
+}
+
 /// A frame is named by the section that refers to it and its place in that section's table, so that no table of
 /// tokens has to be kept.
 fn token(section: SectionIndex, frame: u32) -> FrameToken {
@@ -98,7 +111,7 @@ impl PageSource for StoredImage {
 
     fn fetch_at_hand(&self, frame: FrameToken) -> Option<DecodedFrame> {
         let place = self.place(frame, self.image.loaded_section(section_of(frame))?).ok()?;
-        Some(DecodedFrame::new(Arc::new(self.image.frame_at_hand(&place)?)))
+        Some(DecodedFrame::new(Arc::new(Near(self.image.frame_at_hand(&place)?))))
     }
 
     fn runs_of(&self, frame: FrameToken) -> Option<Vec<Extent>> {

@@ -17,16 +17,16 @@ use std::{
 
 use bytes::Bytes;
 use object_store::local::LocalFileSystem;
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::{ReadWriteFlags, preadv2},
-};
+use rustix::fs::{FlockOperation, flock};
 
 use super::{
     Backend, Leftovers, ObjectMeta, PutOutcome, Version,
     object::{ObjectBackend, Runner},
 };
-use crate::error::{Result, StoreError};
+use crate::{
+    error::{Result, StoreError},
+    page_cache::read_at_hand,
+};
 
 /// The file that serialises swaps of references. Holds nothing.
 const LOCK: &str = "lock";
@@ -128,12 +128,15 @@ impl Backend for LocalBackend {
     }
 
     /// From the page cache, else not at all.
-    fn get_at_hand(&self, key: &str, range: Range<u64>) -> Option<Bytes> {
-        let file = File::open(self.path(key)).ok()?;
-        let mut bytes = vec![0; usize::try_from(range.end.checked_sub(range.start)?).ok()?];
-        let into = &mut [io::IoSliceMut::new(&mut bytes)];
-        let read = preadv2(&file, into, range.start, ReadWriteFlags::NOWAIT).ok()?;
-        (read == bytes.len()).then(|| bytes.into())
+    fn get_at_hand(&self, key: &str, range: Range<u64>, into: &mut Vec<u8>) -> bool {
+        let bytes = range.end.checked_sub(range.start).and_then(|n| usize::try_from(n).ok());
+        let (Some(bytes), Ok(file)) = (bytes, File::open(self.path(key))) else { return false };
+        into.resize(bytes, 0);
+        read_at_hand(&file, &mut [io::IoSliceMut::new(into)], range.start)
+    }
+
+    fn file(&self, key: &str) -> Option<File> {
+        File::open(self.path(key)).ok()
     }
 
     fn head(&self, key: &str) -> Result<Option<u64>> {

@@ -74,9 +74,15 @@ pub trait Backend: Send + Sync + Debug {
         Ok(whole.map(each).is_some())
     }
 
-    /// The bytes in `range` if they can be had without waiting for a disk or a network; `None` if not, or if that
-    /// cannot be told.
-    fn get_at_hand(&self, _key: &str, _range: Range<u64>) -> Option<Bytes> {
+    /// Puts the bytes in `range` into `into`, whose content is forgotten, if they can be had without waiting for a disk
+    /// or a network; `false` if not, or if that cannot be told.
+    fn get_at_hand(&self, _key: &str, _range: Range<u64>, _into: &mut Vec<u8>) -> bool {
+        false
+    }
+
+    /// The object as a file of this host, if it is one: who reads it bit by bit then need not look it up each time, and
+    /// reads one object whatever becomes of its name.
+    fn file(&self, _key: &str) -> Option<std::fs::File> {
         None
     }
 

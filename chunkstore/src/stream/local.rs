@@ -9,16 +9,14 @@
 use std::{
     fs::{self, File},
     io,
-    ops::Range,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
-use bytes::Bytes;
 use dormouse_core::{
     Name, SnapshotId,
-    stream::{PREFIX_BYTES, STREAM_BYTES_MAX, StreamHead},
+    stream::{PREFIX_BYTES, StreamHead},
 };
 
 use crate::{
@@ -41,19 +39,12 @@ pub enum Tier {
 /// A stream kept here.
 #[derive(Debug)]
 pub(super) struct LocalStream {
-    file: File,
+    pub(super) file: File,
     path: PathBuf,
     pub(super) head: StreamHead,
 }
 
 impl LocalStream {
-    /// The bytes in `range`, unverified. Shorter if the file is.
-    pub(super) fn bytes(&self, range: Range<u64>) -> io::Result<Bytes> {
-        let mut bytes = vec![0; range.end.saturating_sub(range.start).min(STREAM_BYTES_MAX) as usize];
-        self.file.read_exact_at(&mut bytes, range.start)?;
-        Ok(bytes.into())
-    }
-
     /// It is not what it was, or of another snapshot.
     pub(super) fn discard(&self) {
         // It is only found and refused again if that fails.

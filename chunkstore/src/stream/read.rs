@@ -1,7 +1,10 @@
 //! Reading a stream: what a resume begins with.
 
 use std::{
+    borrow::Cow,
+    fs::File,
     ops::Range,
+    os::unix::fs::FileExt as _,
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
@@ -40,14 +43,25 @@ pub struct ResumeStream {
     name: Name,
     key: String,
     head: StreamHead,
-    fetcher: Option<Arc<Fetcher>>,
-    /// The warm tier.
-    local: Option<LocalStream>,
+    from: Origin,
+}
+
+/// Where a stream's bytes come from.
+#[derive(Debug)]
+enum Origin {
+    /// A remote store, which brings them as it can.
+    Fetched(Arc<Fetcher>),
+    /// The warm tier: this host's disk, below the cache directory.
+    Kept(LocalStream),
+    /// A store that is a directory of this host.
+    File(File),
 }
 
 impl Drop for ResumeStream {
     fn drop(&mut self) {
-        self.fetcher.iter().for_each(|f| f.stop());
+        if let Origin::Fetched(fetcher) = &self.from {
+            fetcher.stop();
+        }
     }
 }
 
@@ -100,7 +114,7 @@ impl Store {
         };
         let (name, key) = (reference.name.clone(), self.keys.stream(&self.domain, &reference.name));
         let snapshot = Snapshot::new(self.waited_for(), reference, root);
-        let stream = ResumeStream { store: self.clone(), name, key, head, fetcher: None, local: Some(local) };
+        let stream = ResumeStream { store: self.clone(), name, key, head, from: Origin::Kept(local) };
         Ok(Resume { snapshot, stream: Some(stream) })
     }
 
@@ -119,7 +133,11 @@ impl Store {
         };
         let snapshot = Snapshot::new(self.waited_for(), reference, root);
         let (store, name, key) = (self.clone(), name.clone(), key.to_owned());
-        let stream = head.map(|head| ResumeStream { store, name, key, head, fetcher, local: None });
+        // Opened after its head was read: if it was replaced in between, its frames do not prove themselves, and are
+        // asked of the store by name.
+        let file = || self.backend.file(&key).map(Origin::File);
+        let from = fetcher.map(Origin::Fetched).or_else(file);
+        let stream = head.zip(from).map(|(head, from)| ResumeStream { store, name, key, head, from });
         Ok(Resume { snapshot, stream })
     }
 
@@ -195,43 +213,62 @@ impl ResumeStream {
 
     /// Whether it is read from this host's cache.
     pub fn is_warm(&self) -> bool {
-        self.local.is_some()
+        matches!(self.from, Origin::Kept(_))
     }
 
     /// Keeps it on this host's disk if all of it has been read from a remote store; it is read from there next time.
     pub fn keep(&self) {
-        let Some(fetcher) = &self.fetcher else { return };
+        let Origin::Fetched(fetcher) = &self.from else { return };
         if let Ok(object) = fetcher.bytes(0..self.stored_bytes()) {
             self.store.keep_stream(&self.name, &object);
         }
     }
 
-    fn stored(&self, frame: &StreamFrame) -> Result<Bytes> {
+    /// The frame's stored bytes: those that arrived, or those of a file, read into `buffer`, which is used again for the
+    /// next one. What cannot be read is empty, does not decode, and is then asked of the store.
+    fn stored<'b>(
+        &self,
+        frame: &StreamFrame,
+        arrived: Option<&'b Bytes>,
+        buffer: &'b mut Vec<u8>,
+    ) -> Result<Cow<'b, [u8]>> {
         let range = frame.at.range();
-        match (&self.fetcher, &self.local) {
-            (Some(fetcher), _) => fetcher.bytes(range),
-            // What cannot be read does not decode, and is then asked of the store.
-            (None, Some(local)) => Ok(local.bytes(range).unwrap_or_default()),
-            (None, None) => self.read_from_store(range),
+        let file = match &self.from {
+            Origin::Fetched(fetcher) => {
+                return match arrived {
+                    Some(bytes) => Ok(Cow::Borrowed(bytes)),
+                    None => Ok(Cow::Owned(fetcher.bytes(range)?.into())),
+                };
+            }
+            Origin::Kept(local) => &local.file,
+            Origin::File(file) => file,
+        };
+        buffer.resize(frame.at.stored_bytes as usize, 0);
+        if let Err(why) = file.read_exact_at(buffer, range.start) {
+            tracing::info!(%why, name = %self.name, "a resume stream on this host cannot be read");
+            buffer.clear();
         }
-    }
-
-    fn read_from_store(&self, range: Range<u64>) -> Result<Bytes> {
-        let stored = self.store.backend.get(&self.key, Some(range))?;
-        stored.ok_or_else(|| StoreError::Missing { key: self.key.clone(), referrer: "a resume".into() })
+        Ok(Cow::Borrowed(buffer))
     }
 
     fn decode(&self, frame: &StreamFrame, raw: &mut Vec<u8>) -> Result<()> {
-        self.decode_stored(frame, &self.stored(frame)?, raw)
+        let mut buffer = Vec::new();
+        let stored = self.stored(frame, None, &mut buffer)?;
+        self.decode_stored(frame, &stored, raw)
     }
 
     fn decode_stored(&self, frame: &StreamFrame, stored: &[u8], raw: &mut Vec<u8>) -> Result<()> {
         let mut decoded = frame.at.decode_into(&self.store.domain, stored, raw);
-        if let (Err(why), Some(local)) = (&decoded, &self.local) {
-            tracing::info!(%why, name = %self.name, "the resume stream on disk is damaged; the store has another");
-            local.discard();
-            let stored = self.read_from_store(frame.at.range())?;
-            decoded = frame.at.decode_into(&self.store.domain, &stored, raw);
+        if let Err(why) = &decoded
+            && !matches!(self.from, Origin::Fetched(_))
+        {
+            tracing::info!(%why, name = %self.name, "a resume stream is not as it was; the store is asked");
+            if let Origin::Kept(local) = &self.from {
+                local.discard();
+            }
+            let stored = self.store.backend.get(&self.key, Some(frame.at.range()))?;
+            let missing = || StoreError::Missing { key: self.key.clone(), referrer: "a resume".into() };
+            decoded = frame.at.decode_into(&self.store.domain, &stored.ok_or_else(missing)?, raw);
         }
         decoded.map_err(|why| StoreError::Damaged { key: self.key.clone(), why })
     }
@@ -253,18 +290,13 @@ impl ResumeStream {
         Ok(Some(bytes))
     }
 
-    /// Takes a frame from `wanted` and its stored bytes: the next, or of those that are still on their way the first
-    /// to arrive.
-    fn take_frame(&self, wanted: &Mutex<Vec<(usize, Range<u64>)>>) -> Result<Option<(usize, Bytes)>> {
-        if let Some(fetcher) = &self.fetcher {
-            return fetcher.take_ready(wanted);
+    /// Takes a frame from `wanted`: the next, or of those that are still on their way the first to arrive, with its bytes.
+    fn take_frame(&self, wanted: &Mutex<Vec<(usize, Range<u64>)>>) -> Result<Option<(usize, Option<Bytes>)>> {
+        if let Origin::Fetched(fetcher) = &self.from {
+            return Ok(fetcher.take_ready(wanted)?.map(|(frame, bytes)| (frame, Some(bytes))));
         }
-        let next = {
-            let mut wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
-            if wanted.is_empty() { None } else { Some(wanted.remove(0)) }
-        };
-        let Some((frame, _)) = next else { return Ok(None) };
-        Ok(Some((frame, self.stored(&self.head.frames[frame])?)))
+        let mut wanted = wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(if wanted.is_empty() { None } else { Some((wanted.remove(0).0, None)) })
     }
 
     fn install_frame(
@@ -293,13 +325,13 @@ impl ResumeStream {
         let wanted = Mutex::new(pages.map(|f| (f, frames[f].at.range())).collect::<Vec<_>>());
         let failed = Mutex::new(None);
         let work = || {
-            let mut raw = Vec::new();
+            let (mut buffer, mut raw) = (Vec::new(), Vec::new());
             loop {
                 let done = match self.take_frame(&wanted) {
                     Ok(None) => return,
-                    Ok(Some((frame, stored))) => {
-                        self.install_frame(&frames[frame], &stored, &mut raw, install)
-                    }
+                    Ok(Some((frame, arrived))) => self
+                        .stored(&frames[frame], arrived.as_ref(), &mut buffer)
+                        .and_then(|stored| self.install_frame(&frames[frame], &stored, &mut raw, install)),
                     Err(error) => Err(error),
                 };
                 if let Err(error) = done {
