@@ -3,7 +3,7 @@
 //! A vCPU waits for one page of a frame's 32, and zstd decodes from the front in blocks of 32 or 64 KiB: what lies behind
 //! the page can follow once nobody waits. The whole frame is verified before its first byte is decoded.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
@@ -13,16 +13,19 @@ use crate::{
     frame::{Codec, FrameRef, check_size},
 };
 
-/// Contexts that a thread keeps for the next frame: each takes a few hundred KiB to set up.
-const SPARE_CONTEXTS: usize = 4;
+/// Contexts kept for the next frames: each takes a few hundred KiB to set up.
+const SPARE_CONTEXTS: usize = 32;
 
 /// What zstd wants to see first of a frame: the least its header can have.
 const FIRST_BYTES: usize = 5;
 
 const UNDECODABLE: FormatError = FormatError::Undecodable("frame");
 
-thread_local! {
-    static CONTEXTS: RefCell<Vec<DCtx<'static>>> = const { RefCell::new(Vec::new()) };
+/// Of all threads: the one that begins a frame is seldom the one that ends it.
+static CONTEXTS: Mutex<Vec<DCtx<'static>>> = Mutex::new(Vec::new());
+
+fn contexts() -> MutexGuard<'static, Vec<DCtx<'static>>> {
+    CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A verified frame, decoded as far as [`FramePrefix::reach`] was asked to.
@@ -92,17 +95,11 @@ impl FramePrefix {
         while self.raw.len() < wanted || (wanted == self.raw_bytes && self.hint != 0) {
             self.step()?;
         }
-        if self.hint == 0
-            && let Some(context) = self.context.take()
-        {
+        if self.hint == 0 && self.context.is_some() {
             if self.raw.len() != self.raw_bytes || self.fed != self.compressed.len() {
                 return Err(UNDECODABLE);
             }
-            CONTEXTS.with_borrow_mut(|spare| {
-                if spare.len() < SPARE_CONTEXTS {
-                    spare.push(context);
-                }
-            });
+            self.give_back();
         }
         Ok(())
     }
@@ -141,14 +138,23 @@ impl FramePrefix {
     }
 
     /// What was decoded, and the memory the compressed bytes were in, to be used again.
-    pub fn into_buffers(self) -> (Vec<u8>, Vec<u8>) {
+    pub fn into_buffers(mut self) -> (Vec<u8>, Vec<u8>) {
+        self.give_back();
         (self.raw, self.compressed)
+    }
+
+    fn give_back(&mut self) {
+        let Some(context) = self.context.take() else { return };
+        let mut spare = contexts();
+        if spare.len() < SPARE_CONTEXTS {
+            spare.push(context);
+        }
     }
 }
 
 /// A context that decodes straight into the buffer it is given, which stays the same from step to step.
 fn context() -> Result<DCtx<'static>, FormatError> {
-    let spare = CONTEXTS.with_borrow_mut(Vec::pop);
+    let spare = contexts().pop();
     let mut context = match spare {
         Some(context) => context,
         None => {

@@ -46,6 +46,8 @@ counters! {
     fetches,
     /// Faults answered on the fault thread itself, without a worker.
     inline_hits,
+    /// Faults given to a worker, because answering them may take waiting.
+    handed_over,
     /// Pages installed by prefetch, fill or a working-set stream before anybody faulted on them.
     prefetched_pages,
     /// Of those, pages installed from a resume stream.

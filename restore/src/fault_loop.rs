@@ -35,8 +35,9 @@ pub(crate) fn run(core: &Core) {
         faults.extend(lock(&core.inbox).drain(..));
         if !faults.is_empty() {
             core.timeline.mark("first fault");
-            last_fault = Some(Instant::now());
             answer(core, &mut faults, &mut stale, &mut locality);
+            // From the answer on: that is when a vCPU may be about to fault again.
+            last_fault = Some(Instant::now());
             core.queue.share_rests();
         } else if last_fault.is_none_or(|at| at.elapsed() > GRACE)
             && let Some(rest) = core.queue.take_rest()
@@ -68,7 +69,10 @@ fn answer(core: &Core, faults: &mut Vec<Fault>, stale: &mut Stale, locality: &mu
                 // rest by the workers meanwhile.
                 match core.serve_hit(cell, fault.at, locality) {
                     Inline::Served => {}
-                    Inline::Unknown => core.queue.demand(cell, fault.at),
+                    Inline::Unknown => {
+                        core.counters.handed_over.add(1);
+                        core.queue.demand(cell, fault.at);
+                    }
                     Inline::Missing(frame, waiter) => match missing {
                         None => missing = Some((frame, waiter)),
                         Some(_) => core.serve_far(frame, waiter),

@@ -78,7 +78,7 @@ impl Core {
                         self.counters.inline_hits.add(1);
                         self.deliver(frame, &decoded);
                     }
-                    None => self.queue.demand_frame(frame),
+                    None => self.hand_over(frame),
                 }
             }
             Begin::AtHand(decoded) => {
@@ -92,10 +92,15 @@ impl Core {
     /// Answers a fault by a worker.
     pub(crate) fn serve_far(&self, frame: FrameToken, waiter: Waiter) {
         match self.frames.begin(frame, waiter, || self.table.any_wanted(waiter.wanted)) {
-            Begin::Fetch => self.queue.demand_frame(frame),
+            Begin::Fetch => self.hand_over(frame),
             Begin::AtHand(decoded) => self.install(waiter, &decoded),
             Begin::Attached | Begin::Unneeded => {}
         }
+    }
+
+    fn hand_over(&self, frame: FrameToken) {
+        self.counters.handed_over.add(1);
+        self.queue.demand_frame(frame);
     }
 
     /// Prefetches `span`, at most 2 MiB, giving way to faults between frames.

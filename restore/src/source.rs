@@ -137,7 +137,7 @@ impl DecodedFrame {
     }
 
     /// The bytes of `pages` slots from `slot` on, or `None` if the frame has fewer, or cannot be decoded.
-    pub(crate) fn slots(&self, slot: u64, pages: u64) -> Option<Cow<'_, [u8]>> {
+    pub fn slots(&self, slot: u64, pages: u64) -> Option<Cow<'_, [u8]>> {
         self.0.slots(slot, pages)
     }
 }

@@ -56,8 +56,10 @@ fn frames_at_hand_are_installed_by_the_fault_thread() {
     image.at_hand = true;
     let image = Arc::new(image);
     let Some(counts) = touch_all(&image, 1, Policy::default()) else { return };
-    assert_eq!(counts.inline_hits, counts.faults);
-    assert_eq!(counts.fetches, 0);
+    // On a busy machine a page may come with the rest of its frame between its fault and the answer: then nobody
+    // answers. No worker ever does.
+    assert!(counts.inline_hits > 0, "{counts:?}");
+    assert_eq!((counts.handed_over, counts.fetches), (0, 0), "{counts:?}");
     assert!(counts.faults < image.pages() / 2, "neighbours were not installed: {counts:?}");
 }
 

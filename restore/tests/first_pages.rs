@@ -178,7 +178,8 @@ fn a_machine_that_touches_first_pages_before_they_are_installed_gets_them() {
     }
     // None asks the store, and each brings more than its page, now or a little later.
     let counters = handle.counters();
-    assert_eq!((counters.fetches, counters.inline_hits), (0, counters.faults), "{counters:?}");
+    assert_eq!((counters.fetches, counters.handed_over), (0, 0), "{counters:?}");
+    assert!(counters.inline_hits > 0, "{counters:?}");
     assert!(counters.faults < 512, "{counters:?}");
     handle.stop(VmStopped::attest());
 }

@@ -123,9 +123,16 @@ impl Backend for Counted {
         self.metrics.time("get", || self.inner.get_parts(key, range, &mut counted))
     }
 
-    fn get_at_hand(&self, key: &str, range: Range<u64>) -> Option<Bytes> {
-        // Asked on the fault path, and answered without a request if at all.
-        self.inner.get_at_hand(key, range).inspect(|bytes| self.metrics.read(bytes.len()))
+    fn get_at_hand(&self, key: &str, range: Range<u64>, into: &mut Vec<u8>) -> bool {
+        let here = self.inner.get_at_hand(key, range, into);
+        if here {
+            self.metrics.read(into.len());
+        }
+        here
+    }
+
+    fn file(&self, key: &str) -> Option<std::fs::File> {
+        self.inner.file(key)
     }
 
     fn head(&self, key: &str) -> Result<Option<u64>> {

@@ -271,9 +271,8 @@ impl OnDemand {
                     served.source.fetch(frame)
                 });
                 let decoded = decoded.map_err(|e| e.to_string())?;
-                let from = (slot.get() as u64 + (first - extent.first.0)) * PAGE;
-                let bytes = decoded.bytes().get(from as usize..(from + run.pages * PAGE) as usize);
-                installer.install_run(run.first, bytes.ok_or("its frame is shorter than its page map says")?)
+                let bytes = decoded.slots(slot.get() as u64 + (first - extent.first.0), run.pages);
+                installer.install_run(run.first, &bytes.ok_or("its frame is shorter than its page map says")?)
             }
         };
         installed.map(drop).map_err(|e| e.to_string())
