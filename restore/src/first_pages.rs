@@ -127,6 +127,18 @@ impl FirstPages {
     /// # Errors
     /// No thread could be started.
     pub fn decode(stream: Arc<ResumeStream>, image: u32, keep: bool) -> Result<Self, RestoreError> {
+        Self::begin(stream, image, keep, true)
+    }
+
+    /// [`decode`](Self::decode) for one machine, leaving nothing of the stream on this host: the cold tier.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn decode_cold(stream: Arc<ResumeStream>, image: u32) -> Result<Self, RestoreError> {
+        Self::begin(stream, image, false, false)
+    }
+
+    fn begin(stream: Arc<ResumeStream>, image: u32, keep: bool, on_disk: bool) -> Result<Self, RestoreError> {
         let list = stream.head().frames.iter().flat_map(|f| match &f.part {
             StreamPart::Pages { image: of, runs } if *of == image => runs.clone(),
             _ => Vec::new(),
@@ -147,7 +159,7 @@ impl FirstPages {
             state.ended = Some(why);
             drop(state);
             decoder.changed.notify_all();
-            if whole {
+            if whole && on_disk {
                 // After all that the machine waits for.
                 stream.keep();
             }

@@ -27,6 +27,19 @@ pub struct Opened {
     index: u32,
     stream: Option<Arc<ResumeStream>>,
     first: Arc<Mutex<Option<FirstPages>>>,
+    /// Nothing of the stream is to stay on this host.
+    cold: bool,
+}
+
+/// Which pages are held out of first pages, to measure how good these are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sample {
+    /// None.
+    None,
+    /// A few, from everywhere.
+    Spread,
+    /// A few, out of few blocks of 2 MiB, so that the others can be installed whole.
+    OutOfFewBlocks,
 }
 
 impl Opened {
@@ -48,7 +61,13 @@ impl Opened {
         let images = &snapshot.root().images;
         let at = images.iter().position(|i| i.kind == ImageKind::Memory && i.id.as_str() == MEMORY_ID);
         let index = at.unwrap_or_default() as u32;
-        Ok(Self { snapshot, image, index, stream: stream.map(Arc::new), first: Arc::default() })
+        Ok(Self { snapshot, image, index, stream: stream.map(Arc::new), first: Arc::default(), cold: false })
+    }
+
+    /// Has nothing of the stream kept on this host's disk once it is read.
+    #[must_use]
+    pub fn cold(self) -> Self {
+        Self { cold: true, ..self }
     }
 
     /// The snapshot.
@@ -116,21 +135,32 @@ impl Opened {
     fn decoded(&self, keep: bool) -> Result<Option<FirstPages>, RestoreError> {
         let Some(stream) = self.stream.clone() else { return Ok(None) };
         let keep = keep && stream.head().pages() * PageSize::Small.bytes() <= HOT_BYTES_MAX;
-        let first = FirstPages::decode(stream, self.index, keep)?;
+        let first = match keep || !self.cold {
+            true => FirstPages::decode(stream, self.index, keep)?,
+            false => FirstPages::decode_cold(stream, self.index)?,
+        };
         Ok((!first.list().is_empty()).then_some(first))
     }
 
     /// What a restore of this snapshot's memory reads from, with first pages if `stream` asks for them, and how it is
-    /// recorded. If `sample`, a few pages are held out of them, to measure how good they are.
+    /// recorded. Which of them are held out is for `sample` to say; of pages of 2 MiB none are.
     ///
     /// # Errors
     /// No thread could be started.
-    pub fn waking(&self, stream: bool, sample: bool, page_size: PageSize) -> Result<Waking, RestoreError> {
+    pub fn waking(&self, stream: bool, sample: Sample, page_size: PageSize) -> Result<Waking, RestoreError> {
         let recording = Recording::new(self.image(), page_size);
-        // Runs of a stream never make up a page of 2 MiB; its pages are gathered from their frames.
-        let first = if stream && page_size == PageSize::Small { self.first_pages()? } else { None };
+        let first = if stream { self.first_pages()? } else { None };
         let Some(first) = first else { return Ok(Waking { source: self.image(), first: None, recording }) };
-        let (seed, held) = if sample { self.sample(first.pages()) } else { (0, HeldOut::NONE) };
+        let (seed, held) = match sample {
+            // A page of 2 MiB comes whole or not at all, and few of them would say nothing.
+            _ if page_size == PageSize::Huge => (0, HeldOut::NONE),
+            Sample::None => (0, HeldOut::NONE),
+            Sample::Spread => self.sample(first.pages()),
+            Sample::OutOfFewBlocks => {
+                let (seed, held) = self.sample(first.pages());
+                (seed, held.out_of_few_blocks())
+            }
+        };
         let source = FirstPagesSource::new(self.image(), first.clone(), held);
         let recording = recording.with_stream(&first, held, seed);
         Ok(Waking { source: Arc::new(source.clone()), first: Some((first, source)), recording })
