@@ -8,11 +8,6 @@
 use dormouse_core::page::PageIndex;
 use serde::{Deserialize, Serialize};
 
-use crate::plan::PageSize;
-
-/// Pages in a block.
-const BLOCK_PAGES: u64 = PageSize::Huge.pages();
-
 /// One page in this many, or fewer, is held out of a set that is known to be good, or of which nothing is known.
 pub const ONE_IN: u32 = 64;
 /// Of such a set about this many pages at most: each is a fault that the machine waits for.
@@ -22,8 +17,6 @@ pub const SAMPLES_WANTED: u64 = 32;
 pub const ONE_IN_OF_BAD: u32 = 8;
 /// Fewer samples than this say too little to act on.
 pub const SAMPLES_MIN: u64 = 16;
-/// Of one block in this many, where blocks are to come whole.
-const FEW_BLOCKS: u32 = 4;
 /// A set that covers less than this of what was needed is to be made anew.
 pub const COVERAGE_WANTED: f64 = 0.95;
 /// A set of which more than this was brought in vain is to be made anew.
@@ -33,29 +26,16 @@ pub const OVERFETCH_ALLOWED: f64 = 0.2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldOut {
     seed: u64,
-    /// One page in this many, of the blocks that have any.
     one_in: u32,
-    /// One block in this many has any.
-    blocks_one_in: u32,
 }
 
 impl HeldOut {
     /// None at all.
-    pub const NONE: HeldOut = HeldOut::new(0, 0);
+    pub const NONE: HeldOut = HeldOut { seed: 0, one_in: 0 };
 
     /// One page in `one_in`, by chance that begins at `seed`; 0 for none.
     pub const fn new(seed: u64, one_in: u32) -> Self {
-        HeldOut { seed, one_in, blocks_one_in: 1 }
-    }
-
-    /// As many, but out of one block of 2 MiB in four: the others come whole. Few samples then say less, as neighbours
-    /// are alike.
-    #[must_use]
-    pub const fn out_of_few_blocks(self) -> Self {
-        if self.one_in < FEW_BLOCKS {
-            return self;
-        }
-        HeldOut { one_in: self.one_in / FEW_BLOCKS, blocks_one_in: FEW_BLOCKS, ..self }
+        HeldOut { seed, one_in }
     }
 
     /// The sample of a resume with a set of `set_pages`: `seed` is its own, and how large it is depends on what the last
@@ -63,20 +43,17 @@ impl HeldOut {
     pub fn after(seed: u64, set_pages: u64, last: Option<&Coverage>) -> Self {
         let bad = last.and_then(|c| c.overfetch()).is_some_and(|share| share > OVERFETCH_ALLOWED);
         let enough = u32::try_from(set_pages / SAMPLES_WANTED).unwrap_or(u32::MAX);
-        HeldOut::new(seed, if bad { ONE_IN_OF_BAD } else { ONE_IN.max(enough) })
+        HeldOut { seed, one_in: if bad { ONE_IN_OF_BAD } else { ONE_IN.max(enough) } }
     }
 
     /// Whether `page` is in the sample.
     pub fn holds(self, page: PageIndex) -> bool {
-        let chosen = |of: u64, one_in: u32| mix(self.seed ^ mix(of)).is_multiple_of(u64::from(one_in));
-        // Numbers of blocks are told from numbers of pages by their highest bit.
-        let block = || self.blocks_one_in == 1 || chosen(1 << 63 | page.0 / BLOCK_PAGES, self.blocks_one_in);
-        self.one_in != 0 && chosen(page.0, self.one_in) && block()
+        self.one_in != 0 && mix(self.seed ^ mix(page.0)).is_multiple_of(u64::from(self.one_in))
     }
 
     /// One page in this many; 0 for none.
     pub fn one_in(self) -> u32 {
-        self.one_in * self.blocks_one_in
+        self.one_in
     }
 }
 
@@ -177,25 +154,6 @@ mod tests {
         assert_eq!(HeldOut::after(1, 640, Some(&bad)).one_in(), ONE_IN_OF_BAD);
         assert_eq!(HeldOut::after(1, 640, None).one_in(), ONE_IN);
         assert_eq!(HeldOut::after(1, 6400, None).one_in(), 200, "a larger set needs no more samples");
-    }
-
-    #[test]
-    fn a_sample_out_of_few_blocks_leaves_most_of_them_whole_and_is_as_large() {
-        let pages = 64 * BLOCK_PAGES;
-        let (mut held, mut whole) = (0, 0);
-        for seed in 0..32 {
-            let sample = HeldOut::new(seed, 64).out_of_few_blocks();
-            assert_eq!(sample.one_in(), 64);
-            let of =
-                |first: u64| (first..first + BLOCK_PAGES).filter(|p| sample.holds(PageIndex(*p))).count();
-            let blocks: Vec<usize> = (0..pages).step_by(BLOCK_PAGES as usize).map(of).collect();
-            held += blocks.iter().sum::<usize>();
-            whole += blocks.iter().filter(|held| **held == 0).count();
-        }
-        let wanted = (32 * pages / 64) as usize;
-        assert!((wanted * 8 / 10..wanted * 12 / 10).contains(&held), "{held} for {wanted}");
-        assert!(whole > 32 * 64 * 6 / 10, "{whole} blocks of {} are whole", 32 * 64);
-        assert_eq!(HeldOut::NONE.out_of_few_blocks(), HeldOut::NONE);
     }
 
     /// What a resume would count: a set of `set` pages of which each is needed if `needed` says so, and `missed` more.

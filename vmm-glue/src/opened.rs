@@ -11,11 +11,13 @@ use dormouse_chunkstore::{
 use dormouse_core::{ImageKind, Name};
 use dormouse_restore::{
     FirstPages, FirstPagesSource, HeldOut, PageSize, PageSource, Recording, RestoreError, SessionRecord,
-    StoredImage, WORKING_SET_PAGES_MAX, predict,
+    StoredImage, WORKING_SET_PAGES_MAX, coverage::ONE_IN_OF_BAD, predict,
 };
 
 use crate::{embed::MEMORY_ID, records::Records};
 
+/// Wakes for each that holds pages out, where that is to be rare.
+const RARELY: u32 = 4;
 /// Largest working set kept decoded in memory for many machines.
 const HOT_BYTES_MAX: u64 = 1 << 30;
 
@@ -36,10 +38,11 @@ pub struct Opened {
 pub enum Sample {
     /// None.
     None,
-    /// A few, from everywhere.
-    Spread,
-    /// A few, out of few blocks of 2 MiB, so that the others can be installed whole.
-    OutOfFewBlocks,
+    /// A few, by chance.
+    Always,
+    /// In one wake of four, and in none of the others, whose blocks of 2 MiB can then be installed whole. Always after a
+    /// session that found first pages to be mostly in vain.
+    Rarely,
 }
 
 impl Opened {
@@ -143,11 +146,24 @@ impl Opened {
     }
 
     /// What a restore of this snapshot's memory reads from, with first pages if `stream` asks for them, and how it is
-    /// recorded. Which of them are held out is for `sample` to say; of pages of 2 MiB none are.
+    /// recorded. If `sample`, a few pages are held out of them, to measure how good they are.
     ///
     /// # Errors
     /// No thread could be started.
-    pub fn waking(&self, stream: bool, sample: Sample, page_size: PageSize) -> Result<Waking, RestoreError> {
+    pub fn waking(&self, stream: bool, sample: bool, page_size: PageSize) -> Result<Waking, RestoreError> {
+        self.waking_with(stream, if sample { Sample::Always } else { Sample::None }, page_size)
+    }
+
+    /// As [`waking`](Self::waking). Which of the first pages are held out is for `sample` to say; of pages of 2 MiB none are.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn waking_with(
+        &self,
+        stream: bool,
+        sample: Sample,
+        page_size: PageSize,
+    ) -> Result<Waking, RestoreError> {
         let recording = Recording::new(self.image(), page_size);
         let first = if stream { self.first_pages()? } else { None };
         let Some(first) = first else { return Ok(Waking { source: self.image(), first: None, recording }) };
@@ -155,11 +171,11 @@ impl Opened {
             // A page of 2 MiB comes whole or not at all, and few of them would say nothing.
             _ if page_size == PageSize::Huge => (0, HeldOut::NONE),
             Sample::None => (0, HeldOut::NONE),
-            Sample::Spread => self.sample(first.pages()),
-            Sample::OutOfFewBlocks => {
-                let (seed, held) = self.sample(first.pages());
-                (seed, held.out_of_few_blocks())
-            }
+            Sample::Always => self.sample(first.pages()),
+            Sample::Rarely => match self.sample(first.pages()) {
+                (seed, held) if held.one_in() == ONE_IN_OF_BAD || seed.is_multiple_of(RARELY) => (seed, held),
+                _ => (0, HeldOut::NONE),
+            },
         };
         let source = FirstPagesSource::new(self.image(), first.clone(), held);
         let recording = recording.with_stream(&first, held, seed);

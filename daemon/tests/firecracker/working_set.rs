@@ -10,7 +10,7 @@ use crate::serve_uffd::{count, parked};
 const OTHER_PAGES: u64 = 64;
 
 /// Serves `vm`, lets the guest run once `ready` is said on standard error, and gives the report of its passes.
-fn wake(scene: &Scene, host: &str, options: &[&str], ready: Option<&str>) -> Value {
+pub(crate) fn wake(scene: &Scene, host: &str, options: &[&str], ready: Option<&str>) -> Value {
     let socket = scene.text("uffd.sock");
     let arguments = [&["serve-uffd", "vm", "--socket", &socket, "--once", "-v"], options].concat();
     let mut command = scene.dormouse(host, &arguments);

@@ -19,6 +19,9 @@ use crate::opened::{Opened, Sample, Waking};
 use crate::records::{Record, Records};
 use crate::sys::guest_mapping::GuestMapping;
 
+/// First touches are recorded for this long unless the caller says otherwise: what comes later belongs to no working set.
+const RECORD_WINDOW: Duration = Duration::from_secs(5);
+
 /// What is brought in before the guest asks for it. Faults always come first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Prefetch {
@@ -51,7 +54,8 @@ pub enum Install {
 pub struct Wake {
     /// What to bring in first.
     pub prefetch: Prefetch,
-    /// Threads, retries, and what happens when a page cannot be had.
+    /// Threads, retries, what happens when a page cannot be had, and how long first touches are recorded (5 s, and 65,536
+    /// pages at most).
     pub policy: Policy,
     /// Whether the guest can give memory back while it is being restored, by a balloon or by free page
     /// reporting.
@@ -60,7 +64,8 @@ pub struct Wake {
     /// will do.
     pub kvm: bool,
     /// Whether a few pages, chosen by chance, are left out of the resume stream, so that their faults measure how good it
-    /// is. Each costs the guest one fault on a page that is at hand.
+    /// is. Each costs the guest one fault on a page that is at hand, and with [`Install::Move`] the block around it has to
+    /// be copied: only one wake in four does it then, unless the stream was last found to be mostly in vain.
     pub sample: bool,
     /// How pages are installed.
     pub install: Install,
@@ -68,7 +73,9 @@ pub struct Wake {
 
 impl Default for Wake {
     fn default() -> Self {
-        let (prefetch, policy, install) = (Prefetch::default(), Policy::default(), Install::default());
+        let (prefetch, install) = (Prefetch::default(), Install::default());
+        let (record_pages, record_window) = (WORKING_SET_PAGES_MAX as usize, RECORD_WINDOW);
+        let policy = Policy { record_pages, record_window, ..Policy::default() };
         Self { prefetch, policy, balloon: false, kvm: true, sample: true, install }
     }
 }
@@ -231,10 +238,10 @@ pub(super) fn wake_opened(
     // Where everything is filled, pages left out come soon after, and say nothing.
     let sample = match wake.install {
         _ if !wake.sample || wake.prefetch == Prefetch::Everything => Sample::None,
-        Install::Copy => Sample::Spread,
-        Install::Move => Sample::OutOfFewBlocks,
+        Install::Copy => Sample::Always,
+        Install::Move => Sample::Rarely,
     };
-    let Waking { source, first, recording } = opened.waking(streams, sample, PageSize::Small)?;
+    let Waking { source, first, recording } = opened.waking_with(streams, sample, PageSize::Small)?;
     let plan = Plan::new(source, &specs(regions))?;
     let mapping = GuestMapping::new(regions).map_err(WakeError::Map)?;
     let uffd = Uffd::create(UffdOptions { remove_events: wake.balloon, kernel_faults: wake.kvm })?;

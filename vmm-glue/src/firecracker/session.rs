@@ -21,7 +21,7 @@ use super::tracking::Tracking;
 use super::vmm_process::{VmmProcess, VmmProcessError};
 use super::watch::{Measured, Watch, Watching};
 use crate::keeper::{KeepError, VmId};
-use crate::opened::{Opened, Sample, Waking};
+use crate::opened::{Opened, Waking};
 use crate::records::Record;
 
 /// How long first touches are recorded, unless somebody says otherwise: what comes later is work, and no waking.
@@ -217,8 +217,7 @@ impl Session {
             From::Opened(opened, tracking) => {
                 check_size(&*opened.image(), &regions)?;
                 let stream = options.prefetch && !options.page_by_page;
-                let sample = if record { Sample::Spread } else { Sample::None };
-                let Waking { source, first, mut recording } = opened.waking(stream, sample, page_size)?;
+                let Waking { source, first, mut recording } = opened.waking(stream, record, page_size)?;
                 if options.page_by_page {
                     recording = recording.page_by_page();
                 }

@@ -9,7 +9,7 @@ use dormouse_chunkstore::backend::{faulty::FaultyBackend, open_url};
 use dormouse_chunkstore::{Store, StoreOptions};
 use dormouse_core::{ImageId, Name};
 use dormouse_restore::{CountersSnapshot, FailClosed, Policy, Uffd, UffdOptions, VmStopped};
-use dormouse_vmm_glue::embed::{self, Prefetch, Sleep, Template, Wake, Woken};
+use dormouse_vmm_glue::embed::{self, Install, Prefetch, Sleep, Template, Wake, Woken};
 use dormouse_vmm_glue::guest::native::NativeGuest;
 use dormouse_vmm_glue::guest::{Command, Guest, GuestParams, park_and_pause};
 use dormouse_vmm_glue::minivm::{Dirty, MiniVm, VmShell};
@@ -116,8 +116,17 @@ impl Bed {
             note.lock().expect("a lock").get_or_insert(error.to_string());
         }));
         let policy = Policy { fail_closed: kill, ..Policy::default() };
+        // Where blocks are moved, not every wake holds pages out.
+        let install = if self.sample { Install::Copy } else { Install::Move };
         (
-            Wake { prefetch, policy, kvm: self.host == Host::Kvm, sample: self.sample, ..Wake::default() },
+            Wake {
+                prefetch,
+                policy,
+                kvm: self.host == Host::Kvm,
+                sample: self.sample,
+                install,
+                ..Wake::default()
+            },
             withheld,
         )
     }
