@@ -124,6 +124,9 @@ impl Blocks {
     pub(crate) fn of(installer: &BulkInstaller, list: &[Range<u64>], held: HeldOut) -> Self {
         let (mut all, mut these) = (PageSet::default(), Blocks::default());
         let mut found: BTreeMap<u64, (u32, PageSize)> = BTreeMap::new();
+        if !installer.gathers() {
+            return these;
+        }
         for run in list.iter().flat_map(|run| all.insert(run.clone())) {
             let mut page = run.start;
             while page < run.end {
@@ -165,10 +168,18 @@ impl Blocks {
     /// Takes pages from `page` on, which lie in one block.
     pub(crate) fn add(&self, page: u64, bytes: &[u8]) -> Added {
         let Some((first, block)) = self.find(page) else { return Added::Refused(PageSize::Small) };
+        // Memory for it first: to allocate it takes longer than a fault that looks here should wait.
+        let is_new = matches!(*lock(&block.parts), Parts::Nothing);
+        let staging = if is_new { self.staging() } else { None };
         let mut parts = lock(&block.parts);
-        if let Parts::Nothing = *parts {
-            let Some(staging) = self.staging() else { return Added::Refused(block.page_size) };
-            *parts = Parts::Some(Gathered { first, staging, have: Default::default() });
+        match (&*parts, staging) {
+            (Parts::Nothing, None) => return Added::Refused(block.page_size),
+            (Parts::Nothing, Some(staging)) => {
+                *parts = Parts::Some(Gathered { first, staging, have: Default::default() });
+            }
+            // Another thread was faster.
+            (_, Some(unused)) => self.put_back(unused),
+            (_, None) => {}
         }
         let Parts::Some(gathered) = &mut *parts else { return Added::Late };
         gathered.add(page, bytes);
@@ -195,10 +206,14 @@ impl Blocks {
 
     /// Takes back what a block was put together in.
     pub(crate) fn done_with(&self, gathered: Gathered) {
+        self.put_back(gathered.staging);
+    }
+
+    fn put_back(&self, staging: Staging) {
         self.open.fetch_sub(1, Ordering::Relaxed);
         let mut spare = lock(&self.spare);
         if spare.len() < SPARE_MAX {
-            spare.push(gathered.staging);
+            spare.push(staging);
         }
     }
 

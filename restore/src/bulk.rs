@@ -9,6 +9,7 @@ use crate::core::Core;
 use crate::error::RestoreError;
 use crate::fill::Bytes;
 use crate::plan::{PageRun, PageSize, Span};
+use crate::sys::region::RegisteredRegion;
 use crate::sys::staging::Staging;
 
 /// Pages in a block.
@@ -51,6 +52,12 @@ impl BulkInstaller {
     /// [`RestoreHandle::mark`].
     pub(crate) fn mark(&self, phase: &str) {
         self.core.timeline.mark(phase);
+    }
+
+    /// Whether there are blocks at all, for [`block_at`](Self::block_at).
+    pub(crate) fn gathers(&self) -> bool {
+        let huge = |region: &RegisteredRegion| region.page_size() == PageSize::Huge;
+        self.core.installer.moves() || self.core.memory.regions().iter().any(huge)
     }
 
     /// The 2 MiB that `page` lies in, if they are better put together first and installed as one: a page of 2 MiB

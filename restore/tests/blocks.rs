@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 
 use common::stored::{PAGES, snapshot};
-use common::{Rng, skip, uffd_or_skip, until};
+use common::{Rng, uffd_or_skip, until};
 use dormouse_chunkstore::{Resume, Store, StoreOptions};
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_core::{ImageKind, Name};
@@ -78,13 +78,15 @@ impl Bed {
 
 /// Whether this kernel moves blocks; says so loudly if not.
 fn moves(counters: &dormouse_restore::CountersSnapshot) -> bool {
-    if !Staging::may_be_one_page() {
-        return skip("no transparent huge pages for those who ask: nothing is moved").unwrap_or(false);
-    }
-    if counters.move_ioctls == 1 && counters.moved_pages == 0 {
-        return skip("this kernel has no UFFDIO_MOVE (Linux 6.8)").unwrap_or(false);
-    }
-    true
+    let lacks = if !Staging::may_be_one_page() {
+        "no transparent huge pages for those who ask"
+    } else if counters.move_ioctls == 1 && counters.moved_pages == 0 {
+        "this kernel has no UFFDIO_MOVE (Linux 6.8)"
+    } else {
+        return true;
+    };
+    eprintln!("SKIPPED: {lacks}: nothing is moved");
+    false
 }
 
 #[test]
@@ -173,7 +175,8 @@ impl Installer for Hesitant {
 /// A machine of which `meanwhile` happens while its first block is being moved.
 fn while_moving(meanwhile: impl FnOnce(&Mapping) + Send) -> Option<Bed> {
     if !Staging::may_be_one_page() {
-        return skip("no transparent huge pages for those who ask: nothing is moved");
+        eprintln!("SKIPPED: no transparent huge pages for those who ask: nothing is moved");
+        return None;
     }
     let (begin, begun) = channel();
     let made: Made = Box::new(move |memory, counters| {

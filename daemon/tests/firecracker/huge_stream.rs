@@ -17,17 +17,21 @@ pub(crate) fn comes_in_whole_pages(scene: &Scene) {
     assert_eq!(rebuilt["from"], "recorded", "{rebuilt}");
     assert!(rebuilt["stream"]["pages"].as_u64().unwrap() >= PAGES, "{rebuilt}");
 
+    // One that faults while Firecracker loads may come by its fault and not by the stream.
+    let in_place = |report: &serde_json::Value| count(report, "streamed_pages") + count(report, "faults");
     let ready = Some("the resume stream is in place");
     let second = wake(scene, "elsewhere", &["--record-window", "0s"], ready);
-    let streamed = count(&second, "streamed_pages");
-    assert!((PAGES / PER_PAGE..=before).contains(&streamed), "{second}");
+    assert!(count(&second, "streamed_pages") >= PAGES / PER_PAGE - 1, "{second}");
+    assert!((PAGES / PER_PAGE..=before + 2).contains(&in_place(&second)), "{second}");
     assert!(count(&second, "faults") <= 2, "from {before} faults: {second}");
 
     // None is held out of it, so only what faults beside it is known of it.
-    let third = wake(scene, "elsewhere", &[], ready);
+    let third = wake(scene, "elsewhere", &["--record-window", "60s"], ready);
     let measured = |which: &str| third["working_set"][which].as_u64().unwrap();
-    assert_eq!(count(&third, "streamed_pages"), streamed, "{third}");
-    assert_eq!((measured("set_pages"), measured("one_in")), (streamed * PER_PAGE, 0), "{third}");
+    let set = measured("set_pages") / PER_PAGE;
+    assert_eq!((measured("set_pages") % PER_PAGE, measured("one_in")), (0, 0), "{third}");
+    assert!((set..=set + 2).contains(&in_place(&third)), "{third}");
     assert!(measured("missed") <= 2 && count(&third, "faults") <= 2, "{third}");
-    assert!(count(&third, "copy_ioctls") <= streamed + 2, "each page is installed once, whole: {third}");
+    let installed = count(&third, "copy_ioctls") - count(&third, "exists");
+    assert!(installed <= set + measured("missed"), "each page is installed once, whole: {third}");
 }
