@@ -36,6 +36,10 @@ counters! {
     copy_ioctls,
     /// Pages (of their region's size) installed with bytes.
     pages_copied,
+    /// UFFDIO_MOVE calls.
+    move_ioctls,
+    /// Of the pages installed with bytes, those that were moved there and not copied.
+    moved_pages,
     /// UFFDIO_ZEROPAGE calls.
     zero_ioctls,
     /// Pages installed as zeros.

@@ -9,6 +9,7 @@ use crate::error::RestoreError;
 use crate::outcome::Outcome;
 use crate::plan::Span;
 use crate::state::{PageEvent, PageState};
+use crate::sys::staging::Staging;
 
 /// Retries of an install for lack of host memory before it counts as refused: about 20 s.
 const NO_MEMORY_RETRIES: u32 = 200;
@@ -58,6 +59,46 @@ impl Core {
                 }
             }
             at += claimed;
+        }
+        self.timeline.mark("first page installed");
+        Ok(installed)
+    }
+
+    /// Installs the 2 MiB of small pages in `block` as one if nothing is there yet; otherwise as [`fill`](Self::fill).
+    pub(crate) fn fill_block(&self, span: Span, block: &mut Staging) -> Result<u64, RestoreError> {
+        // Where a page came before, the kernel would have to take the block apart.
+        let untouched = self.table.find(span, |s| s != PageState::Absent).is_none();
+        if !untouched || !self.installer.moves() {
+            return self.fill(span, Bytes::Of(block.bytes()));
+        }
+        let (skipped, claimed) = self.table.claim(span);
+        let mut moved = 0;
+        if claimed == span.cells() {
+            let _inside = self.gate.enter();
+            // A cell removed since it was claimed stays out.
+            if self.table.find(span, |s| s != PageState::Copying).is_none() {
+                moved = match self.installer.move_block(span, block) {
+                    Outcome::Done => claimed,
+                    Outcome::Partial(pages) => pages.min(claimed),
+                    _ => 0,
+                };
+                self.table.apply_all(span.part(0, moved), PageEvent::Copied, crate::state::Action::None);
+                self.counters.moved_pages.add(moved);
+                self.counters.pages_copied.add(moved);
+            }
+        }
+        // What the kernel would not move, or what somebody else was faster with a part of.
+        let mut installed = moved;
+        let cell_bytes = self.cell_bytes(span);
+        let claimed = span.part(skipped + moved, claimed - moved);
+        if let Some(bytes) = Bytes::Of(block.bytes()).part(skipped + moved, claimed.cells(), cell_bytes) {
+            installed += self.fill_claimed(claimed, bytes, cell_bytes)?;
+        }
+        if moved < span.cells() {
+            let left = span.part(moved, u64::MAX);
+            if let Some(bytes) = Bytes::Of(block.bytes()).part(moved, left.cells(), cell_bytes) {
+                installed += self.fill(left, bytes)?;
+            }
         }
         self.timeline.mark("first page installed");
         Ok(installed)

@@ -6,7 +6,7 @@
 //! ([`FirstPagesSource`]) and not from the store.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     ops::Range,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{Builder, JoinHandle},
@@ -21,8 +21,9 @@ use dormouse_core::{
 use crate::{
     coverage::HeldOut,
     error::RestoreError,
-    session::{BulkInstaller, RestoreHandle},
-    source::{Content, DecodedFrame, Extent, FrameToken, PageSource, SourceError, SourceErrorKind},
+    session::RestoreHandle,
+    sink::{Sink, Waiting, compose},
+    source::{DecodedFrame, Extent, FrameToken, PageSource, SourceError},
 };
 
 /// Decoded bytes that wait for a machine that is not there yet, at most. Those kept for many machines do not count.
@@ -126,6 +127,18 @@ impl FirstPages {
     /// # Errors
     /// No thread could be started.
     pub fn decode(stream: Arc<ResumeStream>, image: u32, keep: bool) -> Result<Self, RestoreError> {
+        Self::begin(stream, image, keep, true)
+    }
+
+    /// [`decode`](Self::decode) for one machine, leaving nothing of the stream on this host: the cold tier.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn decode_cold(stream: Arc<ResumeStream>, image: u32) -> Result<Self, RestoreError> {
+        Self::begin(stream, image, false, false)
+    }
+
+    fn begin(stream: Arc<ResumeStream>, image: u32, keep: bool, on_disk: bool) -> Result<Self, RestoreError> {
         let list = stream.head().frames.iter().flat_map(|f| match &f.part {
             StreamPart::Pages { image: of, runs } if *of == image => runs.clone(),
             _ => Vec::new(),
@@ -146,7 +159,7 @@ impl FirstPages {
             state.ended = Some(why);
             drop(state);
             decoder.changed.notify_all();
-            if whole {
+            if whole && on_disk {
                 // After all that the machine waits for.
                 stream.keep();
             }
@@ -188,15 +201,15 @@ impl FirstPages {
         handle: &RestoreHandle,
         source: &FirstPagesSource,
     ) -> Result<JoinHandle<()>, RestoreError> {
-        let (first, held) = (self.clone(), source.held.clone());
-        let sink = Arc::new(Sink { installer: handle.installer(), held });
+        let (first, waiting, image) = (self.clone(), source.waiting.clone(), source.image.clone());
+        let sink = Arc::new(Sink::new(handle.installer(), self.list(), waiting, image));
         let run = move || first.pour(&sink);
         Builder::new().name("dm-first-fill".into()).spawn(run).map_err(RestoreError::Start)
     }
 
     fn pour(&self, sink: &Arc<Sink>) {
         let inner = &*self.inner;
-        let mut next = 0;
+        let (mut next, mut failed) = (0, false);
         let mut state = inner.state();
         if !inner.keep {
             state.sink = Some(sink.clone());
@@ -219,6 +232,7 @@ impl FirstPages {
                 // The machine is gone, or its memory is not what it was: faults will tell.
                 tracing::debug!(%why, "first pages are not installed any further");
                 state.cancelled |= !inner.keep;
+                failed = true;
                 break;
             }
             if !inner.keep {
@@ -226,55 +240,23 @@ impl FirstPages {
                 state.by_first.remove(&run.first.0);
             }
         }
-        let whole = state.ended == Some(None) && !state.cancelled;
+        failed |= state.cancelled;
+        let ended = state.ended == Some(None);
+        drop(state);
+        if !failed && let Err(why) = sink.finish() {
+            tracing::debug!(%why, "first pages are not installed any further");
+            failed = true;
+        }
+        let mut state = inner.state();
+        let whole = ended && !failed;
         // The sink holds the restore, which holds what faults are answered from, which holds this.
         state.sink = None;
         drop(state);
         inner.changed.notify_all();
         if whole {
-            sink.installer.mark("stream ready");
+            sink.mark("stream ready");
             tracing::info!("the resume stream is in place");
         }
-    }
-}
-
-/// Where runs go: into guest memory, but for pages held out, whose bytes are kept for their faults.
-#[derive(Debug)]
-struct Sink {
-    installer: BulkInstaller,
-    held: Arc<Held>,
-}
-
-#[derive(Debug)]
-struct Held {
-    which: HeldOut,
-    pages: Mutex<HashMap<u64, Arc<Vec<u8>>>>,
-}
-
-impl Held {
-    fn pages(&self) -> MutexGuard<'_, HashMap<u64, Arc<Vec<u8>>>> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Sink {
-    fn install(&self, first: PageIndex, bytes: &[u8]) -> Result<(), RestoreError> {
-        let end = first.0 + (bytes.len() / PAGE_BYTES) as u64;
-        let part = |from: u64, to: u64| {
-            &bytes[(from - first.0) as usize * PAGE_BYTES..(to - first.0) as usize * PAGE_BYTES]
-        };
-        let mut from = first.0;
-        for page in (first.0..end).filter(|p| self.held.which.holds(PageIndex(*p))) {
-            self.held.pages().insert(page, Arc::new(part(page, page + 1).to_vec()));
-            if from < page {
-                self.installer.install_run(PageIndex(from), part(from, page))?;
-            }
-            from = page + 1;
-        }
-        if from < end {
-            self.installer.install_run(PageIndex(from), part(from, end))?;
-        }
-        Ok(())
     }
 }
 
@@ -283,7 +265,7 @@ impl Sink {
 pub struct FirstPagesSource {
     image: Arc<dyn PageSource>,
     first: FirstPages,
-    held: Arc<Held>,
+    waiting: Arc<Waiting>,
 }
 
 /// A part of a run.
@@ -298,21 +280,24 @@ impl AsRef<[u8]> for Piece {
 impl FirstPagesSource {
     /// `image`, with its first pages at hand but for those of `held`, which fault one by one.
     pub fn new(image: Arc<dyn PageSource>, first: FirstPages, held: HeldOut) -> Self {
-        FirstPagesSource { image, first, held: Arc::new(Held { which: held, pages: Mutex::default() }) }
+        FirstPagesSource { image, first, waiting: Arc::new(Waiting::new(held)) }
     }
 
     /// The piece of the stream that holds `page` and is at hand: a held-out page alone, others with those around them.
     fn piece(&self, page: PageIndex) -> Option<Extent> {
-        let alone = self.held.which.holds(page);
-        if alone && self.held.pages().contains_key(&page.0) {
+        let alone = self.waiting.held.holds(page);
+        if alone && self.waiting.pages().contains_key(&page.0) {
             return extent(page.0, page.0 + 1);
         }
-        let run = self.first.inner.find(page.0)?;
+        let Some(run) = self.first.inner.find(page.0) else {
+            let run = self.waiting.blocks()?.piece(page.0)?;
+            return extent(run.start, run.end);
+        };
         let run_end = run.first.0 + (run.bytes.len() / PAGE_BYTES) as u64;
         if alone {
             return extent(page.0, page.0 + 1);
         }
-        let holds = |p: &u64| self.held.which.holds(PageIndex(*p));
+        let holds = |p: &u64| self.waiting.held.holds(PageIndex(*p));
         let from = (run.first.0..page.0).rev().find(holds).map_or(run.first.0, |p| p + 1);
         let to = (page.0..run_end).find(holds).unwrap_or(run_end);
         extent(from, to)
@@ -321,43 +306,16 @@ impl FirstPagesSource {
     /// The bytes of a piece if they are at hand.
     fn piece_bytes(&self, first: u64, pages: u64) -> Option<DecodedFrame> {
         if pages == 1
-            && let Some(bytes) = self.held.pages().get(&first)
+            && let Some(bytes) = self.waiting.pages().get(&first)
         {
             return Some(DecodedFrame::new(bytes.clone()));
         }
-        let run = self.first.inner.find(first)?;
+        let Some(run) = self.first.inner.find(first) else {
+            return self.waiting.blocks()?.bytes(first, pages).map(DecodedFrame::from);
+        };
         let from = (first - run.first.0) as usize * PAGE_BYTES;
         let range = from..from + pages as usize * PAGE_BYTES;
         (range.end <= run.bytes.len()).then(|| DecodedFrame::new(Arc::new(Piece(run, range))))
-    }
-
-    /// The bytes of a piece that was installed and let go of meanwhile.
-    fn composed(&self, first: u64, pages: u64) -> Result<DecodedFrame, SourceError> {
-        let mut bytes = Vec::with_capacity(pages as usize * PAGE_BYTES);
-        let (mut page, end) = (first, first + pages);
-        while page < end {
-            let extent = self.image.locate(PageIndex(page))?;
-            let here = extent.end().min(end).saturating_sub(page);
-            match extent.content {
-                Content::Zero => bytes.resize(bytes.len() + here as usize * PAGE_BYTES, 0),
-                Content::Frame { frame, slot } => {
-                    let decoded = self.image.fetch(frame)?;
-                    let from = slot.get() as u64 + (page - extent.first.0);
-                    let damaged = || {
-                        SourceError::new(
-                            SourceErrorKind::Damaged,
-                            "a frame is shorter than its page map says",
-                        )
-                    };
-                    bytes.extend_from_slice(&decoded.slots(from, here).ok_or_else(damaged)?);
-                }
-            }
-            if here == 0 {
-                return Err(SourceError::new(SourceErrorKind::Damaged, "the page map has an empty run"));
-            }
-            page += here;
-        }
-        Ok(bytes.into())
     }
 }
 
@@ -382,7 +340,8 @@ impl PageSource for FirstPagesSource {
 
     fn fetch(&self, frame: FrameToken) -> Result<DecodedFrame, SourceError> {
         let Some((first, pages)) = piece_of(frame) else { return self.image.fetch(frame) };
-        self.piece_bytes(first, pages).map_or_else(|| self.composed(first, pages), Ok)
+        let composed = || compose(&*self.image, first, pages).map(DecodedFrame::from);
+        self.piece_bytes(first, pages).map_or_else(composed, Ok)
     }
 
     fn try_locate(&self, page: PageIndex) -> Option<Extent> {
@@ -406,6 +365,6 @@ impl PageSource for FirstPagesSource {
 
 impl std::fmt::Debug for FirstPagesSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FirstPagesSource").field("held", &self.held.which).finish_non_exhaustive()
+        f.debug_struct("FirstPagesSource").field("held", &self.waiting.held).finish_non_exhaustive()
     }
 }

@@ -47,6 +47,8 @@ pub mod table;
 pub mod timeline;
 pub mod working_set;
 
+mod blocks;
+mod bulk;
 mod core;
 mod failure;
 mod fault_loop;
@@ -57,11 +59,13 @@ mod pump;
 mod queue;
 mod rest;
 mod serve;
+mod sink;
 mod worker;
 
 #[expect(unsafe_code, reason = "the one place where the kernel is called by address")]
 pub mod sys;
 
+pub use bulk::BulkInstaller;
 pub use counters::{Counters, CountersSnapshot};
 pub use coverage::{Coverage, HeldOut};
 pub use error::RestoreError;
@@ -70,7 +74,7 @@ pub use kept::{KeptStates, KeptStatesError};
 pub use plan::{PageRun, PageSize, Plan, PlanError, RegionSpec};
 pub use policy::{FailClosed, Policy, Retry};
 pub use recording::{PageByPage, Recording, SessionRecord};
-pub use session::{BulkInstaller, DetachError, Restore, RestoreHandle, VmStopped};
+pub use session::{DetachError, Restore, RestoreHandle, VmStopped};
 pub use source::{
     Content, DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind,
 };
@@ -78,6 +82,7 @@ pub use stored_image::StoredImage;
 pub use stream_fill::{StreamFill, StreamFilled, fill_from_memory, fill_from_stream};
 pub use sys::mapping::Mapping;
 pub use sys::memory::Memory;
+pub use sys::staging::Staging;
 pub use sys::uffd::{Uffd, UffdError, UffdOptions};
 pub use timeline::{Histogram, Phase, TimelineReport};
 pub use working_set::{PageSet, WORKING_SET_PAGES_MAX, WorkingSet, predict};

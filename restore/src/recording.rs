@@ -66,7 +66,11 @@ impl Recording {
     /// The machine is given `first`, but for those `held` (chosen by chance from `seed` on).
     pub fn with_stream(mut self, first: &FirstPages, held: HeldOut, seed: u32) -> Self {
         self.list = first.list().to_vec();
-        self.list.iter().for_each(|run| drop(self.set.insert(run.clone())));
+        let unit = self.page_size.pages();
+        for run in &self.list {
+            // A page of 2 MiB comes as one, whatever of it the stream holds.
+            self.set.insert(run.start / unit * unit..run.end.div_ceil(unit) * unit);
+        }
         (self.held, self.seed) = (held, seed);
         self
     }

@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use dormouse_core::page::{PAGE_BYTES, PageIndex};
+use dormouse_core::page::PageIndex;
 
+use crate::bulk::BulkInstaller;
 use crate::core::{Core, lock};
 use crate::counters::{Counters, CountersSnapshot};
 use crate::error::RestoreError;
-use crate::fill::Bytes;
 use crate::install::{Installer, UffdCopy};
 use crate::kept::KeptStates;
-use crate::plan::{PageRun, PageSize, Plan, Span};
+use crate::plan::{PageRun, PageSize, Plan};
 use crate::policy::Policy;
 use crate::state::PageState;
 use crate::sys::memory::Memory;
@@ -208,7 +208,7 @@ impl RestoreHandle {
 
     /// Installs pages from several threads; see [`BulkInstaller`].
     pub fn installer(&self) -> BulkInstaller {
-        BulkInstaller { core: self.core.clone() }
+        BulkInstaller::new(self.core.clone())
     }
 
     /// [`BulkInstaller::install_run`].
@@ -302,90 +302,6 @@ impl RestoreHandle {
 impl std::fmt::Debug for RestoreHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RestoreHandle").field("plan", &self.core.plan).finish_non_exhaustive()
-    }
-}
-
-/// Installs verified bytes that arrive by other ways than a fault, such as a working-set stream. Clones may
-/// be used from any number of threads at once.
-#[derive(Clone)]
-pub struct BulkInstaller {
-    core: Arc<Core>,
-}
-
-impl std::fmt::Debug for BulkInstaller {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("BulkInstaller").finish_non_exhaustive()
-    }
-}
-
-impl BulkInstaller {
-    /// Installs the decoded, verified `bytes` of the image pages from `first` on, and returns how many pages
-    /// (of their region's size) that put in place. Pages that are there already, are being installed, or were
-    /// given back by the guest are left alone. Of a huge page, only the whole is installed.
-    pub fn install_run(&self, first: PageIndex, bytes: &[u8]) -> Result<u64, RestoreError> {
-        if !bytes.len().is_multiple_of(PAGE_BYTES) {
-            return Err(RestoreError::NotPages { bytes: bytes.len() });
-        }
-        let done = self.each(PageRun { first, pages: (bytes.len() / PAGE_BYTES) as u64 }, |span, skip| {
-            let from = skip as usize * PAGE_BYTES;
-            let len = (span.cells() * self.core.cell_bytes(span)) as usize;
-            self.core.fill(span, Bytes::Of(&bytes[from..from + len]))
-        })?;
-        self.core.counters.streamed_pages.add(done);
-        Ok(done)
-    }
-
-    /// [`RestoreHandle::mark`].
-    pub(crate) fn mark(&self, phase: &str) {
-        self.core.timeline.mark(phase);
-    }
-
-    /// Installs zeros on `run`, which the image holds as zeros. Returns as [`install_run`](Self::install_run).
-    pub fn install_zeros(&self, run: PageRun) -> Result<u64, RestoreError> {
-        self.each(run, |span, _| self.core.fill(span, Bytes::Zero))
-    }
-
-    fn each(
-        &self,
-        run: PageRun,
-        install: impl Fn(Span, u64) -> Result<u64, RestoreError>,
-    ) -> Result<u64, RestoreError> {
-        let (mut installed, mut page) = (0, run.first.0);
-        let end = run.first.0.saturating_add(run.pages);
-        while page < end {
-            let left = PageRun { first: PageIndex(page), pages: end - page };
-            let not_shown = RestoreError::NotShown { page: left.first };
-            let Some((span, next)) = self.core.span_and_next(left) else { return Err(not_shown) };
-            if let Some(start) = self.core.plan.pages_of(span.first()).filter(|_| span.cells() > 0) {
-                let done = install(span, start.first.0 - run.first.0)?;
-                self.core.counters.prefetched_pages.add(done);
-                installed += done;
-            }
-            page = next;
-        }
-        Ok(installed)
-    }
-}
-
-impl Core {
-    /// The cells wholly inside `run` in the region that shows its first page, and the page after that region
-    /// or run.
-    fn span_and_next(&self, run: PageRun) -> Option<(Span, u64)> {
-        let region = self.plan.region_of_page(run.first)?;
-        let spec = self.plan.region(region)?.spec;
-        let next = run.first.0.saturating_add(run.pages).min(spec.image_first.0 + spec.pages.0);
-        Some((self.plan.span_within(run)?, next))
-    }
-
-    /// The cells of all regions wholly inside `run`.
-    pub(crate) fn spans(&self, run: PageRun) -> Vec<Span> {
-        let end = run.first.0.saturating_add(run.pages);
-        let clipped = self.plan.regions().filter_map(|r| {
-            let first = r.image_first.0.max(run.first.0);
-            let to = end.min(r.image_first.0 + r.pages.0);
-            self.plan.span_within(PageRun { first: PageIndex(first), pages: to.checked_sub(first)? })
-        });
-        clipped.filter(|s| s.cells() > 0).collect()
     }
 }
 

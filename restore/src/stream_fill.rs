@@ -8,10 +8,7 @@ use std::{
 use dormouse_chunkstore::{HotStream, Result as StoreResult, ResumeStream, StoreError};
 use dormouse_core::PAGE_BYTES;
 
-use crate::{
-    error::RestoreError,
-    session::{BulkInstaller, RestoreHandle},
-};
+use crate::{bulk::BulkInstaller, error::RestoreError, session::RestoreHandle};
 
 /// What a stream brought.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

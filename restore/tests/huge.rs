@@ -6,9 +6,14 @@ mod common;
 
 use std::sync::Arc;
 
+use common::stored::{PAGES, snapshot};
 use common::{Rng, TestImage, own, skip, uffd_or_skip, verify};
-use dormouse_core::page::PageIndex;
-use dormouse_restore::{Extent, Mapping, PageRun, PageSize, Policy, Restore, VmStopped};
+use dormouse_core::ImageKind;
+use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
+use dormouse_restore::{
+    Extent, FirstPages, FirstPagesSource, HeldOut, Mapping, Memory, PageRun, PageSize, PageSource, Plan,
+    Policy, Recording, RegionSpec, Restore, StoredImage, VmStopped,
+};
 
 const NR: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -74,4 +79,44 @@ fn huge_pages_are_installed_whole() {
     assert_eq!(mapping.load(512 * 4096 - 8), Some(0));
     handle.wait_filled().unwrap();
     handle.stop(VmStopped::attest());
+    drop(mapping);
+    a_stream_is_put_together_into_whole_pages();
+}
+
+/// What is read in pages of 4 KiB is installed in pages of 2 MiB: those that come whole as they are, the others with what
+/// the stream lacks of them.
+fn a_stream_is_put_together_into_whole_pages() {
+    for keep in [false, true] {
+        let (_dir, bytes, mut resume) = snapshot(0..1200);
+        let Some(uffd) = uffd_or_skip() else { return };
+        let stream = Arc::new(resume.stream.take().unwrap());
+        let first = FirstPages::decode(stream, 0, keep).unwrap();
+        let image: Arc<dyn PageSource> =
+            Arc::new(StoredImage::new(resume.snapshot.image(ImageKind::Memory, "memory").unwrap()));
+        let source = FirstPagesSource::new(image.clone(), first.clone(), HeldOut::NONE);
+        let pages = PageCount(PAGES);
+        let region = RegionSpec { image_first: PageIndex(0), pages, page_size: PageSize::Huge };
+        let plan = Plan::new(Arc::new(source.clone()), &[region]).unwrap();
+        let mapping = Arc::new(Mapping::new(PAGES, PageSize::Huge).unwrap());
+        let memory = Memory::own(uffd, std::slice::from_ref(&mapping)).unwrap();
+        let handle = Restore::start(plan, memory, Policy::default()).unwrap();
+        let recording = Recording::new(image, PageSize::Huge).with_stream(&first, HeldOut::NONE, 0);
+        first.install(&handle, &source).unwrap().join().unwrap();
+        let counts = handle.counters();
+        assert_eq!((counts.streamed_pages, counts.pages_copied, counts.copy_ioctls), (3, 3, 3), "{counts:?}");
+        let verify = |pages: std::ops::Range<u64>| {
+            for page in pages {
+                let (mut found, at) = ([0; PAGE_BYTES], page as usize * PAGE_BYTES);
+                assert!(mapping.read_page(page, &mut found));
+                assert!(found == bytes[at..at + PAGE_BYTES], "page {page} is wrong");
+            }
+        };
+        verify(0..1536);
+        assert_eq!(handle.counters().faults, 0, "three pages were there");
+        verify(1536..PAGES);
+        assert_eq!(handle.counters().faults, 1);
+        let seen = recording.so_far(&handle).unwrap();
+        assert_eq!((seen.coverage.set_pages, seen.coverage.missed), (1536, 1), "{seen:?}");
+        handle.stop(VmStopped::attest());
+    }
 }

@@ -30,10 +30,11 @@ fn standby(store: &Store, name: &Name, vm: &mut MiniVm) -> Result<(), Box<dyn Er
 fn wake(store: &Store, name: &Name) -> Result<(MiniVm, embed::Woken), Box<dyn Error>> {
     // The VM itself needs nothing of the snapshot: create it meanwhile.
     let shell = thread::spawn(VmShell::create);
-    let snapshot = store.open_snapshot(name)?;
+    // For any number of machines: from the second on, first pages stay decoded in memory.
+    let template = embed::Template::open(store, name, embed::Keep::AsNeeded)?;
     // Memory whose absent pages fault to Dormouse, which has begun to bring them in.
-    let woken = embed::wake(&snapshot, &REGIONS, embed::Wake::default())?;
-    let state = snapshot.read_blob("vcpu")?;
+    let woken = template.wake(&REGIONS, embed::Wake::default())?;
+    let state = template.state("vcpu")?;
     let shell = shell.join().map_err(|_| "creating the VM panicked")??;
     let mut vm = MiniVm::restore(shell, woken.memory().clone(), &state, Dirty::Tracked)?;
     vm.send(Command::Answer);
@@ -61,6 +62,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         vm.console().text(),
         vm.console().wrong_total()
     );
+    // What it touched first comes first next time: one object, read in one go.
+    let stream = woken.improve_stream()?;
+    println!("stream: {} pages", stream.map_or(0, |report| report.pages));
     drop(vm);
     let counters = woken.end(VmStopped::attest());
     println!("pages: {} faulted, {} prefetched", counters.faults, counters.prefetched_pages);

@@ -11,11 +11,13 @@ use dormouse_chunkstore::{
 use dormouse_core::{ImageKind, Name};
 use dormouse_restore::{
     FirstPages, FirstPagesSource, HeldOut, PageSize, PageSource, Recording, RestoreError, SessionRecord,
-    StoredImage, WORKING_SET_PAGES_MAX, predict,
+    StoredImage, WORKING_SET_PAGES_MAX, coverage::ONE_IN_OF_BAD, predict,
 };
 
 use crate::{embed::MEMORY_ID, records::Records};
 
+/// Wakes for each that holds pages out, where that is to be rare.
+const RARELY: u32 = 4;
 /// Largest working set kept decoded in memory for many machines.
 const HOT_BYTES_MAX: u64 = 1 << 30;
 
@@ -27,6 +29,20 @@ pub struct Opened {
     index: u32,
     stream: Option<Arc<ResumeStream>>,
     first: Arc<Mutex<Option<FirstPages>>>,
+    /// Nothing of the stream is to stay on this host.
+    cold: bool,
+}
+
+/// Which pages are held out of first pages, to measure how good these are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sample {
+    /// None.
+    None,
+    /// A few, by chance.
+    Always,
+    /// In one wake of four, and in none of the others, whose blocks of 2 MiB can then be installed whole. Always after a
+    /// session that found first pages to be mostly in vain.
+    Rarely,
 }
 
 impl Opened {
@@ -48,7 +64,13 @@ impl Opened {
         let images = &snapshot.root().images;
         let at = images.iter().position(|i| i.kind == ImageKind::Memory && i.id.as_str() == MEMORY_ID);
         let index = at.unwrap_or_default() as u32;
-        Ok(Self { snapshot, image, index, stream: stream.map(Arc::new), first: Arc::default() })
+        Ok(Self { snapshot, image, index, stream: stream.map(Arc::new), first: Arc::default(), cold: false })
+    }
+
+    /// Has nothing of the stream kept on this host's disk once it is read.
+    #[must_use]
+    pub fn cold(self) -> Self {
+        Self { cold: true, ..self }
     }
 
     /// The snapshot.
@@ -116,7 +138,10 @@ impl Opened {
     fn decoded(&self, keep: bool) -> Result<Option<FirstPages>, RestoreError> {
         let Some(stream) = self.stream.clone() else { return Ok(None) };
         let keep = keep && stream.head().pages() * PageSize::Small.bytes() <= HOT_BYTES_MAX;
-        let first = FirstPages::decode(stream, self.index, keep)?;
+        let first = match keep || !self.cold {
+            true => FirstPages::decode(stream, self.index, keep)?,
+            false => FirstPages::decode_cold(stream, self.index)?,
+        };
         Ok((!first.list().is_empty()).then_some(first))
     }
 
@@ -126,11 +151,32 @@ impl Opened {
     /// # Errors
     /// No thread could be started.
     pub fn waking(&self, stream: bool, sample: bool, page_size: PageSize) -> Result<Waking, RestoreError> {
+        self.waking_with(stream, if sample { Sample::Always } else { Sample::None }, page_size)
+    }
+
+    /// As [`waking`](Self::waking). Which of the first pages are held out is for `sample` to say; of pages of 2 MiB none are.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn waking_with(
+        &self,
+        stream: bool,
+        sample: Sample,
+        page_size: PageSize,
+    ) -> Result<Waking, RestoreError> {
         let recording = Recording::new(self.image(), page_size);
-        // Runs of a stream never make up a page of 2 MiB; its pages are gathered from their frames.
-        let first = if stream && page_size == PageSize::Small { self.first_pages()? } else { None };
+        let first = if stream { self.first_pages()? } else { None };
         let Some(first) = first else { return Ok(Waking { source: self.image(), first: None, recording }) };
-        let (seed, held) = if sample { self.sample(first.pages()) } else { (0, HeldOut::NONE) };
+        let (seed, held) = match sample {
+            // A page of 2 MiB comes whole or not at all, and few of them would say nothing.
+            _ if page_size == PageSize::Huge => (0, HeldOut::NONE),
+            Sample::None => (0, HeldOut::NONE),
+            Sample::Always => self.sample(first.pages()),
+            Sample::Rarely => match self.sample(first.pages()) {
+                (seed, held) if held.one_in() == ONE_IN_OF_BAD || seed.is_multiple_of(RARELY) => (seed, held),
+                _ => (0, HeldOut::NONE),
+            },
+        };
         let source = FirstPagesSource::new(self.image(), first.clone(), held);
         let recording = recording.with_stream(&first, held, seed);
         Ok(Waking { source: Arc::new(source.clone()), first: Some((first, source)), recording })

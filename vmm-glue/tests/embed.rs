@@ -2,7 +2,7 @@
 
 mod embed_support;
 
-use dormouse_vmm_glue::embed::{Prefetch, Sleep};
+use dormouse_vmm_glue::embed::{Keep, Prefetch, Sleep, Template, Tier};
 use dormouse_vmm_glue::guest::{Command, park_and_pause};
 use embed_support::{Bed, Host, PAGES, PATIENCE, REGIONS, have, name, state_id};
 
@@ -93,6 +93,90 @@ fn sleeps_with_a_stream_and_measures_it(host: Host) {
     awake.end();
 }
 
+/// A stream of all that the guest touches, made from what one machine faulted.
+fn with_stream(bed: &Bed) {
+    bed.boot("machine");
+    let awake = bed.wake("machine", Prefetch::Nothing);
+    awake.verified();
+    let report = awake.woken.improve_stream().expect("built").expect("there was none");
+    assert!(report.pages >= PAGES, "{report:?}");
+    awake.end();
+}
+
+fn machines_wake_from_first_pages_that_stay_in_memory(host: Host) {
+    let bed = Bed::far(host);
+    with_stream(&bed);
+    for keep in [Keep::Hot, Keep::AsNeeded] {
+        let template = Template::open(&bed.store, &name("machine"), keep).expect("stored");
+        assert_eq!(template.tier() == Tier::Hot, keep == Keep::Hot);
+        for machine in 0..3 {
+            let awake = bed.wake_from(&template, Prefetch::WorkingSet);
+            awake.verified();
+            assert_eq!(template.tier() == Tier::Hot, keep == Keep::Hot || machine > 0, "{keep:?} {machine}");
+            assert!(awake.woken.improve_stream().expect("a page map").is_none(), "the stream is good");
+            let counters = awake.end();
+            assert!(counters.fetches <= 8, "what it touches came with the stream: {counters:?}");
+        }
+    }
+}
+
+/// What is kept of a stream, and where, is for the policy to say.
+fn first_pages_are_where_they_are_to_be(host: Host) {
+    let bed = Bed::far(host);
+    with_stream(&bed);
+    let cool = || bed.store.cool(&name("machine"));
+    cool();
+    // Kept by the policy: (before anything woke, after a machine has).
+    for (keep, before, after) in [
+        (Keep::Cold, Tier::Cold, Tier::Cold),
+        (Keep::AsNeeded, Tier::Cold, Tier::Warm),
+        (Keep::Warm, Tier::Warm, Tier::Warm),
+        (Keep::Cold, Tier::Cold, Tier::Cold),
+    ] {
+        let template = Template::open(&bed.store, &name("machine"), keep).expect("stored");
+        assert_eq!(template.tier(), before, "{keep:?}");
+        let awake = bed.wake_from(&template, Prefetch::WorkingSet);
+        awake.verified();
+        embed_support::until("the stream", || {
+            awake.woken.restore().timeline().phases.iter().any(|p| p.name == "stream ready")
+        });
+        if after == Tier::Warm {
+            embed_support::until("the stream to be kept", || template.tier() == after);
+        }
+        awake.end();
+        // The decoder may be about to keep it: it holds what was opened for as long as it runs.
+        drop(template);
+        let again = Template::open(&bed.store, &name("machine"), Keep::AsNeeded).expect("stored");
+        assert_eq!(again.tier(), after, "{keep:?}");
+        drop(again);
+        if keep == Keep::AsNeeded {
+            assert!(cool());
+        }
+    }
+}
+
+/// Blocks that come whole are moved into place; what the guest finds there is right.
+fn whole_blocks_are_moved(host: Host) {
+    let bed = Bed::new(host);
+    with_stream(&bed);
+    let awake = bed.wake_filled("machine", Prefetch::WorkingSet);
+    awake.verified();
+    let counters = awake.end();
+    assert!(counters.prefetched_pages >= PAGES && counters.faults <= 8, "{counters:?}");
+    if counters.move_ioctls == 0 || counters.moved_pages == 0 {
+        let thp = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+        assert!(
+            thp.contains("[never]") || thp.is_empty() || counters.move_ioctls == 1,
+            "nothing was moved: {counters:?}"
+        );
+        eprintln!("SKIPPED: this kernel does not move blocks");
+        return;
+    }
+    // The pattern begins on a boundary of 2 MiB, and ends on one in each region.
+    assert!(counters.moved_pages >= PAGES, "{counters:?}");
+    assert_eq!(counters.moved_pages % 512, 0, "{counters:?}");
+}
+
 /// Each stored as what changed since the one before; all of them can be woken afterwards.
 fn ten_generations(host: Host) {
     let bed = Bed::new(host);
@@ -170,6 +254,9 @@ on_both_hosts!(
     remembers_what_it_touched,
     wakes_from_its_stream,
     sleeps_with_a_stream_and_measures_it,
+    machines_wake_from_first_pages_that_stay_in_memory,
+    first_pages_are_where_they_are_to_be,
+    whole_blocks_are_moved,
     ten_generations,
     damage_fails_closed,
     other_regions_are_refused,

@@ -46,6 +46,7 @@ fn a_guest_of_huge_pages_wakes_with_whole_ones() {
     });
     park(&scene, machine).assert_no_wrong_page();
     let huge_pages = MEMORY_MIB / 2;
+    crate::huge_stream::comes_in_whole_pages(&scene);
     for options in [&["--no-prefetch"][..], &[]] {
         let report = wake(&scene, options);
         let installed = count(&report, "pages_copied") + count(&report, "zero_pages");

@@ -6,6 +6,7 @@
 mod failures;
 mod generations;
 mod huge_pages;
+mod huge_stream;
 mod jail;
 mod scene;
 mod serve_api;

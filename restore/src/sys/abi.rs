@@ -49,10 +49,12 @@ const fn read_write(number: u64, size: usize) -> u64 {
 const UFFDIO_API: u64 = read_write(0x3F, size_of::<ApiCall>());
 const UFFDIO_COPY: u64 = read_write(0x03, size_of::<CopyCall>());
 const UFFDIO_ZEROPAGE: u64 = read_write(0x04, size_of::<RangeCall>());
+const UFFDIO_MOVE: u64 = read_write(0x05, size_of::<CopyCall>());
 const UFFDIO_POISON: u64 = read_write(0x08, size_of::<RangeCall>());
 
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03);
 const _: () = assert!(UFFDIO_ZEROPAGE == 0xc020_aa04);
+const _: () = assert!(UFFDIO_MOVE == 0xc028_aa05);
 const _: () = assert!(UFFDIO_API == 0xc018_aa3f);
 
 /// The calls that take a range.
@@ -98,6 +100,19 @@ pub(super) fn copy_from_nowhere(
     // SAFETY: as in `copy`, but the source is mapped without access rights for as long as `nowhere` lives,
     // so the kernel fails with EFAULT before it installs anything.
     errno_of(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_COPY, &raw mut call) })
+}
+
+/// Moves the pages at `src` in our address space to `dst`, leaving holes at `src`.
+///
+/// # Safety
+/// As for [`copy`]; besides, `fd` must belong to our own address space, and `src..src + len` must be private
+/// anonymous memory of which the caller holds the only use, and which it treats as lost afterwards.
+pub(super) unsafe fn move_pages(fd: BorrowedFd<'_>, dst: u64, src: u64, len: u64) -> (Option<i32>, i64) {
+    let mut call = CopyCall { dst, src, len, mode: 0, progress: 0 };
+    // SAFETY: UFFDIO_MOVE reads and writes one `struct uffdio_move` (layout asserted above); for the pages
+    // at both ends the caller answers.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_MOVE, &raw mut call) };
+    (errno_of(rc), call.progress)
 }
 
 /// Zero-fills or poisons a range.

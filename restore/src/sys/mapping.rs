@@ -6,9 +6,12 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dormouse_core::page::PAGE_BYTES;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use memmap2::{MmapOptions, MmapRaw, UncheckedAdvice};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::plan::PageSize;
+
+const HUGE_BYTES: usize = PageSize::Huge.bytes() as usize;
 
 /// A private anonymous mapping, or a shared one of a memory file, unmapped on drop. Nothing is allocated until it
 /// is touched.
@@ -17,18 +20,16 @@ use crate::plan::PageSize;
 /// as atomic words, never lent out as slices.
 #[derive(Debug)]
 pub struct Mapping {
-    start: NonNull<AtomicU64>,
+    map: MmapRaw,
+    /// Where it begins in what is mapped.
+    offset: usize,
     bytes: usize,
     page_size: PageSize,
 }
 
-// SAFETY: the mapping belongs to no thread, and all access to its bytes goes through atomics.
-unsafe impl Send for Mapping {}
-// SAFETY: as for Send.
-unsafe impl Sync for Mapping {}
-
 impl Mapping {
-    /// Maps `pages` pages of 4 KiB, backed by pages of `page_size`, of which it must be a multiple.
+    /// Maps `pages` pages of 4 KiB, backed by pages of `page_size`, of which it must be a multiple. Begins on a
+    /// boundary of 2 MiB unless it is smaller, so that the kernel can back it by pages of that size.
     ///
     /// With 2 MiB pages the kernel must have that many free (`/proc/sys/vm/nr_hugepages`), else touching the
     /// memory, or installing into it, fails; without them this call may already fail.
@@ -38,17 +39,19 @@ impl Mapping {
             return Err(bad());
         }
         let bytes = usize::try_from(pages).ok().and_then(|p| p.checked_mul(PAGE_BYTES)).ok_or_else(bad)?;
-        let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         if page_size == PageSize::Huge {
             // Reserved, unlike small pages: a hugetlb page that is not there at install time is SIGBUS.
-            flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+            let map = MmapOptions::new().len(bytes).huge(Some(HUGE_BYTES.ilog2() as u8)).map_anon()?;
+            return Ok(Mapping { map: map.into(), offset: 0, bytes, page_size });
         }
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
-        }?;
-        let start = NonNull::new(start.cast()).ok_or_else(bad)?;
-        Ok(Mapping { start, bytes, page_size })
+        let slack = if bytes < HUGE_BYTES { 0 } else { HUGE_BYTES };
+        let all = bytes.checked_add(slack).ok_or_else(bad)?;
+        let map = MmapRaw::from(MmapOptions::new().len(all).no_reserve_swap().map_anon()?);
+        let offset = if slack == 0 { 0 } else { map.as_ptr().align_offset(HUGE_BYTES) };
+        if offset > slack {
+            return Err(bad());
+        }
+        Ok(Mapping { map, offset, bytes, page_size })
     }
 
     /// Maps `pages` pages of 4 KiB of `file`, a file in memory, from byte `offset` on. What is installed here is
@@ -64,17 +67,14 @@ impl Mapping {
         if !sealed || rustix::fs::fstat(&file)?.st_size.cast_unsigned() < end {
             return Err(bad("the file can be, or is, shorter than what is to be mapped"));
         }
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists; its bytes may
-        // change at any time, which this type allows for.
-        let start = unsafe { mmap(std::ptr::null_mut(), bytes, access, flags, file, offset) }?;
-        let start = NonNull::new(start.cast()).ok_or_else(|| bad("mapped nowhere"))?;
-        Ok(Mapping { start, bytes, page_size: PageSize::Small })
+        let file = file.as_fd();
+        let map = MmapOptions::new().offset(offset).len(bytes).no_reserve_swap().map_raw(&file)?;
+        Ok(Mapping { map, offset: 0, bytes, page_size: PageSize::Small })
     }
 
     /// The address of the first byte, for handing to KVM.
     pub fn addr(&self) -> u64 {
-        self.start.as_ptr() as u64
+        self.map.as_ptr() as u64 + self.offset as u64
     }
 
     /// The size in bytes.
@@ -92,10 +92,10 @@ impl Mapping {
             return None;
         }
         // SAFETY: the word lies inside the mapping, as checked above.
-        let word = unsafe { self.start.add(offset / 8) };
+        let word = unsafe { self.map.as_mut_ptr().add(self.offset + offset) };
         // SAFETY: aligned (mappings start on a page), inside memory that lives as long as `self`, and
         // only ever accessed atomically by us.
-        Some(unsafe { word.as_ref() })
+        Some(unsafe { AtomicU64::from_ptr(word.cast()) })
     }
 
     /// The word at byte `offset`, or `None` if that is unaligned or outside. Waits if its page is absent.
@@ -131,48 +131,41 @@ impl Mapping {
         if first.checked_add(pages).is_none_or(|end| end > all) {
             return Err(outside());
         }
-        let words = first as usize * PAGE_BYTES / 8;
-        // SAFETY: inside the mapping, as checked above.
-        let start = unsafe { self.start.add(words) };
+        let (at, bytes) = (self.offset + first as usize * PAGE_BYTES, pages as usize * PAGE_BYTES);
         // SAFETY: DONTNEED turns the range's bytes to zero (or to faults); all readers use atomics and
         // expect any bytes.
-        unsafe { madvise(start.as_ptr().cast(), pages as usize * PAGE_BYTES, Advice::LinuxDontNeed) }?;
-        Ok(())
+        unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, at, bytes) }
     }
 }
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `new` with this size, and nothing borrows from `self` any more.
-        let done = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
-        debug_assert!(done.is_ok());
-    }
-}
-
-/// Addresses that hold nothing and never will: a mapping without any access rights.
+/// Addresses that hold nothing and never will: a mapping without any access rights, which memmap2 does not make.
 #[derive(Debug)]
-pub(super) struct Nowhere(Mapping);
+pub(super) struct Nowhere {
+    start: NonNull<libc::c_void>,
+    bytes: usize,
+}
 
 impl Nowhere {
     pub(super) fn new(page_size: PageSize) -> io::Result<Self> {
-        let bytes = page_size.bytes() as usize;
+        let (bytes, access) = (page_size.bytes() as usize, ProtFlags::empty());
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }?;
-        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // Never read: no method of the inner Mapping is offered.
-        Ok(Nowhere(Mapping { start, bytes, page_size: PageSize::Small }))
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, flags) }?;
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Nowhere { start, bytes })
     }
     pub(super) fn addr(&self) -> u64 {
-        self.0.addr()
+        self.start.as_ptr() as u64
     }
     pub(super) fn bytes(&self) -> u64 {
-        self.0.bytes as u64
+        self.bytes as u64
+    }
+}
+
+impl Drop for Nowhere {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this size, and nothing can borrow from it.
+        let done = unsafe { munmap(self.start.as_ptr(), self.bytes) };
+        debug_assert!(done.is_ok());
     }
 }

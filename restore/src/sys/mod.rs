@@ -9,4 +9,5 @@ pub mod mapping;
 pub mod memory;
 pub mod region;
 pub mod shared_file;
+pub mod staging;
 pub mod uffd;

@@ -2,12 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
+use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, SealFlags, SeekFrom};
-use rustix::mm::{MapFlags, ProtFlags, mlock, mmap, munmap};
+use rustix::mm::mlock;
 
 /// Between two tries to become its only user.
 const LOCK_INTERVAL: Duration = Duration::from_millis(1);
@@ -22,14 +22,8 @@ pub struct SharedFile {
     shared: OwnedFd,
     /// Holds the lock, as does the mapping made from it: both go with the last thread of this process.
     _locked: OwnedFd,
-    start: NonNull<AtomicU64>,
-    bytes: usize,
+    map: MmapRaw,
 }
-
-// SAFETY: the mapping belongs to no thread, and all access to its bytes goes through atomics or the kernel.
-unsafe impl Send for SharedFile {}
-// SAFETY: as for Send.
-unsafe impl Sync for SharedFile {}
 
 /// Why such a file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -84,26 +78,22 @@ impl SharedFile {
         let locked = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(io("opening it once more"))?;
         lock(&locked, patience)?;
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe { mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, &locked, 0) };
-        let start = start.map_err(io("mapping it"))?;
-        let start = NonNull::new(start.cast()).ok_or(SharedFileError::Size(size as u64))?;
-        Ok(SharedFile { shared: fd, _locked: locked, start, bytes })
+        let map = MmapOptions::new().len(bytes).map_raw(&locked).map_err(io("mapping it"))?;
+        Ok(SharedFile { shared: fd, _locked: locked, map })
     }
 
     /// Its size in bytes.
     pub fn bytes(&self) -> u64 {
-        self.bytes as u64
+        self.map.len() as u64
     }
 
     /// The byte at `at`.
     pub fn byte(&self, at: u64) -> Option<&AtomicU8> {
-        let at = usize::try_from(at).ok().filter(|at| *at < self.bytes)?;
+        let at = usize::try_from(at).ok().filter(|at| *at < self.map.len())?;
         // SAFETY: inside the mapping, as just checked.
-        let byte = unsafe { self.start.cast::<AtomicU8>().add(at) };
+        let byte = unsafe { self.map.as_mut_ptr().add(at) };
         // SAFETY: the mapping lives as long as `self`, its size is sealed, and its bytes are only accessed atomically.
-        Some(unsafe { byte.as_ref() })
+        Some(unsafe { AtomicU8::from_ptr(byte) })
     }
 
     /// Copies the bytes from `at` on to `into`; false if they are not all inside.
@@ -173,14 +163,6 @@ impl SharedFile {
     /// For whoever keeps the file beyond this process.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.as_fd()
-    }
-}
-
-impl Drop for SharedFile {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `open` with this size, and nothing borrows from `self` any more.
-        let done = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
-        debug_assert!(done.is_ok());
     }
 }
 

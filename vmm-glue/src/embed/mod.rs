@@ -17,10 +17,10 @@
 //! drop(vm);
 //!
 //! let shell = thread::spawn(VmShell::create); // needs no memory: done while the snapshot opens
-//! let snapshot = store.open_snapshot(&name)?;
-//! let woken = embed::wake(&snapshot, &[(GuestAddress(0), 128 << 20)], embed::Wake::default())?;
+//! let template = embed::Template::open(&store, &name, embed::Keep::AsNeeded)?; // for one machine or many
+//! let woken = template.wake(&[(GuestAddress(0), 128 << 20)], embed::Wake::default())?;
 //! let shell = shell.join().map_err(|_| "no VM")??;
-//! let mut vm = MiniVm::restore(shell, woken.memory().clone(), &snapshot.read_blob("vcpu")?, Dirty::Tracked)?;
+//! let mut vm = MiniVm::restore(shell, woken.memory().clone(), &template.state("vcpu")?, Dirty::Tracked)?;
 //! vm.resume()?; // runs at once; pages come as it touches them
 //! # Ok(()) }
 //! ```
@@ -29,17 +29,20 @@
 //! |---|---|
 //! | `memory.rs` | guest memory that can be stored without a copy, and where its pages lie in the image |
 //! | `sleep.rs` | [`Sleep`]: guest memory and device state into a store |
+//! | `template.rs` | [`Template`]: a snapshot for any number of machines, its first pages in memory, on disk or in the store |
 //! | `wake.rs` | [`wake`]: a snapshot becomes guest memory served by a userfaultfd |
 //! | `working_set.rs` | the pages a machine touched first, kept with it so that they come first next time |
 
 mod memory;
 mod sleep;
+mod template;
 mod wake;
 mod working_set;
 
 pub use memory::memory;
 pub use sleep::{Sleep, SleepError};
-pub use wake::{Prefetch, Wake, WakeError, Woken, wake, wake_resume};
+pub use template::{Keep, Template, Tier};
+pub use wake::{ImproveError, Install, Prefetch, Wake, WakeError, Woken, wake, wake_resume};
 pub use working_set::{WORKING_SET_ID, WorkingSetError, build_stream, stored_working_set};
 
 /// What the memory image of a machine is called in its snapshots, as `dormouse import --memory` calls it.

@@ -3,8 +3,9 @@
 use std::io;
 use std::time::Duration;
 
-use dormouse_chunkstore::{Resume, Snapshot, StoreError};
+use dormouse_chunkstore::{Resume, Snapshot, StoreError, StreamReport};
 use dormouse_core::{ImageKind, PageCount, PageIndex};
+use dormouse_restore::install::{UffdCopy, UffdMove};
 use dormouse_restore::{
     Memory, PageRun, PageSize, Plan, PlanError, Policy, Recording, RegionSpec, Restore, RestoreError,
     RestoreHandle, SessionRecord, SourceError, Uffd, UffdError, UffdOptions, VmStopped,
@@ -14,9 +15,12 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::MEMORY_ID;
 use super::working_set::stored_working_set;
-use crate::opened::{Opened, Waking};
+use crate::opened::{Opened, Sample, Waking};
 use crate::records::{Record, Records};
 use crate::sys::guest_mapping::GuestMapping;
+
+/// First touches are recorded for this long unless the caller says otherwise: what comes later belongs to no working set.
+const RECORD_WINDOW: Duration = Duration::from_secs(5);
 
 /// What is brought in before the guest asks for it. Faults always come first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,12 +37,25 @@ pub enum Prefetch {
     Runs(Vec<PageRun>),
 }
 
+/// How pages get into the guest's memory, which is this process's own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Install {
+    /// All of them are copied there by the kernel.
+    Copy,
+    /// Blocks of 2 MiB that the resume stream brings whole are put together beside guest memory and moved there as one,
+    /// for about half of what copying costs; the guest then runs on pages of 2 MiB. All else is copied, as is everything
+    /// where the kernel cannot do that (before Linux 6.8, or without transparent huge pages for those who ask).
+    #[default]
+    Move,
+}
+
 /// How a machine is to be woken.
 #[derive(Clone, Debug)]
 pub struct Wake {
     /// What to bring in first.
     pub prefetch: Prefetch,
-    /// Threads, retries, and what happens when a page cannot be had.
+    /// Threads, retries, what happens when a page cannot be had, and how long first touches are recorded (5 s, and 65,536
+    /// pages at most).
     pub policy: Policy,
     /// Whether the guest can give memory back while it is being restored, by a balloon or by free page
     /// reporting.
@@ -47,14 +64,19 @@ pub struct Wake {
     /// will do.
     pub kvm: bool,
     /// Whether a few pages, chosen by chance, are left out of the resume stream, so that their faults measure how good it
-    /// is. Each costs the guest one fault on a page that is at hand.
+    /// is. Each costs the guest one fault on a page that is at hand, and with [`Install::Move`] the block around it has to
+    /// be copied: only one wake in four does it then, unless the stream was last found to be mostly in vain.
     pub sample: bool,
+    /// How pages are installed.
+    pub install: Install,
 }
 
 impl Default for Wake {
     fn default() -> Self {
-        let (prefetch, policy) = (Prefetch::default(), Policy::default());
-        Self { prefetch, policy, balloon: false, kvm: true, sample: true }
+        let (prefetch, install) = (Prefetch::default(), Install::default());
+        let (record_pages, record_window) = (WORKING_SET_PAGES_MAX as usize, RECORD_WINDOW);
+        let policy = Policy { record_pages, record_window, ..Policy::default() };
+        Self { prefetch, policy, balloon: false, kvm: true, sample: true, install }
     }
 }
 
@@ -86,6 +108,17 @@ pub enum WakeError {
     /// The restore did not start.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+}
+
+/// Why a resume stream could not be made anew. The machine is not concerned.
+#[derive(Debug, thiserror::Error)]
+pub enum ImproveError {
+    /// A page map cannot be read.
+    #[error("what the machine needed first cannot be told: {0}")]
+    Session(#[from] SourceError),
+    /// The store does not take it, or the pages cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// The memory of a woken machine, and the restore that fills it.
@@ -133,6 +166,26 @@ impl Woken {
         self.recording.so_far(&self.restore)
     }
 
+    /// Makes the snapshot's resume stream anew if this session shows that it should be: that it misses much of what a
+    /// machine needs first, or is mostly in vain, or that there is none. It serves the next machine that wakes from the
+    /// same snapshot, while this one may go on running. `None` if the stream is good, or not to be judged because all of
+    /// memory was filled behind the machine's back.
+    ///
+    /// # Errors
+    /// The store's; the stream is then as it was.
+    pub fn improve_stream(&self) -> Result<Option<StreamReport>, ImproveError> {
+        let session = self.session()?;
+        let better = match self.opened.stream() {
+            Some(_) => session.coverage.wants_another_set(),
+            None => !session.missed.is_empty(),
+        };
+        if !self.complete || !better {
+            return Ok(None);
+        }
+        let pages = predict(Some(&session), &[], WORKING_SET_PAGES_MAX);
+        Ok(Some(self.opened.build_stream(&pages)?))
+    }
+
     /// Ends the restore of a machine that will not run again, and lets go of its memory once the VMM has too. What was
     /// seen of its working set is kept beside the store's caches.
     pub fn end(self, stopped: VmStopped) -> dormouse_restore::CountersSnapshot {
@@ -167,7 +220,15 @@ pub fn wake_resume(
     regions: &[(GuestAddress, usize)],
     wake: Wake,
 ) -> Result<Woken, WakeError> {
-    let opened = Opened::of(resume)?;
+    wake_opened(Opened::of(resume)?, regions, wake)
+}
+
+/// As [`wake()`], from a snapshot that others may wake from too.
+pub(super) fn wake_opened(
+    opened: Opened,
+    regions: &[(GuestAddress, usize)],
+    wake: Wake,
+) -> Result<Woken, WakeError> {
     let has = opened.image().page_count().0 * PageSize::Small.bytes();
     let given = regions.iter().map(|(_, bytes)| *bytes as u64).sum();
     if has != given {
@@ -175,14 +236,21 @@ pub fn wake_resume(
     }
     let streams = matches!(wake.prefetch, Prefetch::WorkingSet | Prefetch::Everything);
     // Where everything is filled, pages left out come soon after, and say nothing.
-    let sample = wake.sample && wake.prefetch != Prefetch::Everything;
-    let Waking { source, first, recording } = opened.waking(streams, sample, PageSize::Small)?;
+    let sample = match wake.install {
+        _ if !wake.sample || wake.prefetch == Prefetch::Everything => Sample::None,
+        Install::Copy => Sample::Always,
+        Install::Move => Sample::Rarely,
+    };
+    let Waking { source, first, recording } = opened.waking_with(streams, sample, PageSize::Small)?;
     let plan = Plan::new(source, &specs(regions))?;
     let mapping = GuestMapping::new(regions).map_err(WakeError::Map)?;
     let uffd = Uffd::create(UffdOptions { remove_events: wake.balloon, kernel_faults: wake.kvm })?;
     let memory = Memory::own(uffd, &mapping.mappings())?;
     let window = wake.policy.record_window;
-    let restore = Restore::start(plan, memory, wake.policy)?;
+    let restore = Restore::start_with(plan, memory, wake.policy, |memory, counters| match wake.install {
+        Install::Copy => Box::new(UffdCopy::new(memory, counters)),
+        Install::Move => Box::new(UffdMove::new(memory, counters)),
+    })?;
     let streamed = first.is_some();
     if let Some((first, source)) = first {
         // It goes on by itself; what it does not bring faults.

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use dormouse_chunkstore::backend::{faulty::FaultyBackend, open_url};
 use dormouse_chunkstore::{Store, StoreOptions};
 use dormouse_core::{ImageId, Name};
 use dormouse_restore::{CountersSnapshot, FailClosed, Policy, Uffd, UffdOptions, VmStopped};
-use dormouse_vmm_glue::embed::{self, Prefetch, Sleep, Wake, Woken};
+use dormouse_vmm_glue::embed::{self, Install, Prefetch, Sleep, Template, Wake, Woken};
 use dormouse_vmm_glue::guest::native::NativeGuest;
 use dormouse_vmm_glue::guest::{Command, Guest, GuestParams, park_and_pause};
 use dormouse_vmm_glue::minivm::{Dirty, MiniVm, VmShell};
@@ -44,6 +45,17 @@ pub(crate) fn have(host: Host) -> bool {
     true
 }
 
+/// Waits for what must come about, but not for ever.
+pub(crate) fn until(what: &str, is: impl Fn() -> bool) {
+    for _ in 0..PATIENCE.as_millis() {
+        if is() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    panic!("waited in vain for {what}");
+}
+
 pub(crate) fn name(text: &str) -> Name {
     Name::new(text).expect("a name")
 }
@@ -67,6 +79,14 @@ impl Bed {
         let directory = tempfile::tempdir().expect("a directory");
         let store = Store::open(directory.path().to_str().expect("UTF-8"), StoreOptions::default());
         Bed { host, sample: false, directory, store: store.expect("a store") }
+    }
+
+    /// Over a store that is far away, on a host with a disk of its own.
+    pub(crate) fn far(host: Host) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let far = Arc::new(FaultyBackend::counting(open_url("memory://").expect("a store")));
+        let options = StoreOptions { cache_dir: Some(directory.path().join("host")), ..Default::default() };
+        Bed { host, sample: false, directory, store: Store::with_backend(far, options) }
     }
 
     /// Boots a machine and puts it on standby as `called`.
@@ -96,8 +116,17 @@ impl Bed {
             note.lock().expect("a lock").get_or_insert(error.to_string());
         }));
         let policy = Policy { fail_closed: kill, ..Policy::default() };
+        // Where blocks are moved, not every wake holds pages out.
+        let install = if self.sample { Install::Copy } else { Install::Move };
         (
-            Wake { prefetch, policy, balloon: false, kvm: self.host == Host::Kvm, sample: self.sample },
+            Wake {
+                prefetch,
+                policy,
+                kvm: self.host == Host::Kvm,
+                sample: self.sample,
+                install,
+                ..Wake::default()
+            },
             withheld,
         )
     }
@@ -135,7 +164,6 @@ impl Bed {
     }
 
     fn assemble(&self, called: &str, prefetch: Prefetch) -> Awake {
-        let shell = (self.host == Host::Kvm).then(|| thread::spawn(VmShell::create));
         let resume = self.store.open_resume(&name(called)).expect("stored");
         let snapshot = resume.snapshot.clone();
         let (how, withheld) = self.how(prefetch);
@@ -143,16 +171,29 @@ impl Bed {
             Some(_) => embed::wake_resume(resume, &REGIONS, how),
             None => embed::wake(&snapshot, &REGIONS, how),
         };
-        let woken = woken.expect("wake");
-        let (memory, state) = (woken.memory().clone(), snapshot.read_blob("vcpu").expect("state"));
-        let guest: Box<dyn Guest> = match shell {
-            Some(shell) => {
-                let shell = shell.join().expect("no panic").expect("KVM");
-                Box::new(MiniVm::restore(shell, memory, &state, Dirty::Tracked).expect("restore"))
+        self.assembled(woken.expect("wake"), &snapshot.read_blob("vcpu").expect("state"), withheld)
+    }
+
+    /// Wakes a machine of a template, and lets it run.
+    pub(crate) fn wake_from(&self, template: &Template, prefetch: Prefetch) -> Awake {
+        let (how, withheld) = self.how(prefetch);
+        let woken = template.wake(&REGIONS, how).expect("wake");
+        let mut awake = self.assembled(woken, &template.state("vcpu").expect("state"), withheld);
+        awake.guest.send(Command::Answer);
+        awake.guest.resume().expect("run");
+        awake
+    }
+
+    fn assembled(&self, woken: Woken, state: &[u8], withheld: Withheld) -> Awake {
+        let memory = woken.memory().clone();
+        let guest: Box<dyn Guest> = match self.host {
+            Host::Kvm => {
+                let shell = VmShell::create().expect("KVM");
+                Box::new(MiniVm::restore(shell, memory, state, Dirty::Tracked).expect("restore"))
             }
-            None => {
+            Host::Process => {
                 let params = GuestParams::new(PAGES, 77).expect("valid");
-                Box::new(NativeGuest::restore(memory, &params, &state, true).expect("restore"))
+                Box::new(NativeGuest::restore(memory, &params, state, true).expect("restore"))
             }
         };
         Awake { guest, woken, withheld }
