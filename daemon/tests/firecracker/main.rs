@@ -6,6 +6,7 @@
 mod balloon;
 mod failures;
 mod generations;
+mod hostile;
 mod huge_pages;
 mod jail;
 mod scene;

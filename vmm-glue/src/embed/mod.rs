@@ -40,7 +40,9 @@ mod working_set;
 pub use memory::memory;
 pub use sleep::{Sleep, SleepError};
 pub use wake::{Prefetch, Wake, WakeError, Woken, wake, wake_resume};
-pub use working_set::{WORKING_SET_ID, WorkingSetError, build_stream, stored_working_set};
+pub use working_set::{
+    WORKING_SET_ID, WorkingSetError, build_stream, decode_working_set, stored_working_set,
+};
 
 /// What the memory image of a machine is called in its snapshots, as `dormouse import --memory` calls it.
 pub const MEMORY_ID: &str = "memory";
