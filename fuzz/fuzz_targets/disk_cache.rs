@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 
 // It is private to its crate.
 #[path = "../../chunkstore/src/disk_cache.rs"]
-#[allow(dead_code, reason = "only reading is fuzzed")]
+#[expect(dead_code, reason = "only reading is fuzzed")]
 mod disk_cache;
 use disk_cache::DiskCache;
 
