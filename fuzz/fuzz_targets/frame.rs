@@ -17,6 +17,18 @@ fuzz_target!(|input: (u32, bool, &[u8])| {
         assert_eq!(raw.len(), raw_bytes as usize);
         assert!(raw.len() <= META_FRAME_BYTES_MAX);
     }
+    // Decoded bit by bit it is the same, or refused.
+    let by_bits = at.begin(&Domain::plain(), stored.to_vec(), Vec::new()).and_then(|mut prefix| {
+        for bytes in [1, raw_bytes as usize / 2, raw_bytes as usize] {
+            prefix.reach(bytes)?;
+            assert!(prefix.bytes().len() >= bytes.min(raw_bytes as usize));
+        }
+        assert!(prefix.is_whole());
+        Ok(prefix.into_buffers().0)
+    });
+    if let Ok(by_bits) = by_bits {
+        assert_eq!(at.decode(&Domain::plain(), stored), Ok(by_bits));
+    }
     let sealed = Domain::encrypted(&DomainKey::new([7; 32]));
     assert!(at.decode(&sealed, stored).is_err(), "nobody guesses a sealed frame");
 

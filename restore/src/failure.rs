@@ -11,7 +11,7 @@ use crate::policy::{FailClosed, KillVm};
 use crate::source::SourceError;
 use crate::state::{Action, PageEvent, PageState};
 
-/// Most errors remembered for the owner.
+/// Most errors remembered for the owner and logged.
 const FAILURES_MAX: usize = 16;
 
 impl Core {
@@ -115,12 +115,16 @@ impl Core {
         }
     }
 
-    /// Remembers an error for the owner.
+    /// Remembers an error for the owner. Of a VM that fails at every page only the first are told, or it would fill the
+    /// log of all the others.
     fn note(&self, error: RestoreError) {
-        tracing::error!(%error, "restore failed closed");
         let mut failures = lock(&self.failures);
         if failures.len() < FAILURES_MAX {
+            tracing::error!(%error, "restore failed closed");
             failures.push(Arc::new(error));
+            if failures.len() == FAILURES_MAX {
+                tracing::error!("this VM's further failures are not told");
+            }
         }
     }
 }

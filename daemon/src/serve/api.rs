@@ -393,3 +393,7 @@ impl StandbyRequest {
 fn absolute_from_here(path: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
     path.map(|path| std::path::absolute(path).map_err(|e| Failure::file("finding", path, &e))).transpose()
 }
+
+#[cfg(test)]
+#[path = "api_tests.rs"]
+mod tests;

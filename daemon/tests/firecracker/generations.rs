@@ -127,7 +127,7 @@ fn ten_generations_lose_nothing() {
 }
 
 impl Awake {
-    fn type_bytes(&mut self, bytes: &[u8]) {
+    pub(crate) fn type_bytes(&mut self, bytes: &[u8]) {
         self.dormouse.as_mut().unwrap().type_bytes(bytes);
     }
 

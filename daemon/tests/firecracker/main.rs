@@ -3,8 +3,10 @@
 //! every pass over all of it, and `X` for a wrong page.
 #![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
+mod balloon;
 mod failures;
 mod generations;
+mod hostile;
 mod huge_pages;
 mod huge_stream;
 mod jail;

@@ -91,9 +91,13 @@ impl Scene {
 
     /// The same, of a machine that `configure` describes.
     pub(crate) fn boot_as(&self, configure: impl FnOnce(&ApiClient)) -> Machine {
+        self.boot_guest(&GuestParams::new(PAGES, 7).unwrap(), configure)
+    }
+
+    /// The same, of a guest with these parameters.
+    pub(crate) fn boot_guest(&self, params: &GuestParams, configure: impl FnOnce(&ApiClient)) -> Machine {
         let kernel = self.path("guest.elf");
-        let params = GuestParams::new(PAGES, 7).unwrap();
-        std::fs::write(&kernel, elf::executable(guest::program().unwrap(), &params)).unwrap();
+        std::fs::write(&kernel, elf::executable(guest::program().unwrap(), params)).unwrap();
         let machine = self.start("boot");
         let api = machine.process.api(PATIENCE);
         configure(&api);

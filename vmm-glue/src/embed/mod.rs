@@ -43,7 +43,9 @@ pub use memory::memory;
 pub use sleep::{Sleep, SleepError};
 pub use template::{Keep, Template, Tier};
 pub use wake::{ImproveError, Install, Prefetch, Wake, WakeError, Woken, wake, wake_resume};
-pub use working_set::{WORKING_SET_ID, WorkingSetError, build_stream, stored_working_set};
+pub use working_set::{
+    WORKING_SET_ID, WorkingSetError, build_stream, decode_working_set, stored_working_set,
+};
 
 /// What the memory image of a machine is called in its snapshots, as `dormouse import --memory` calls it.
 pub const MEMORY_ID: &str = "memory";

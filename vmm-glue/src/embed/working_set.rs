@@ -48,7 +48,14 @@ pub(super) fn encode(runs: &[PageRun]) -> Vec<u8> {
     out
 }
 
-/// Pure; never panics, allocates no more than `bytes` holds.
+/// The runs in a working set's bytes. Pure; never panics, allocates no more than `bytes` holds.
+///
+/// # Errors
+/// [`WorkingSetError::Content`].
+pub fn decode_working_set(bytes: &[u8]) -> Result<Vec<PageRun>, WorkingSetError> {
+    decode(bytes).map_err(WorkingSetError::Content)
+}
+
 fn decode(bytes: &[u8]) -> Result<Vec<PageRun>, &'static str> {
     let (header, runs) = bytes.split_at_checked(HEADER_BYTES).ok_or("cut short")?;
     let word = |at: usize| header.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
@@ -80,7 +87,7 @@ pub fn stored_working_set(snapshot: &Snapshot) -> Result<Option<Vec<PageRun>>, W
     if !snapshot.root().blobs.iter().any(|b| b.id.as_str() == WORKING_SET_ID) {
         return Ok(None);
     }
-    decode(&snapshot.read_blob(WORKING_SET_ID)?).map(Some).map_err(WorkingSetError::Content)
+    decode_working_set(&snapshot.read_blob(WORKING_SET_ID)?).map(Some)
 }
 
 /// Makes the resume stream of a stored machine, from what it is known to touch first: the next

@@ -38,6 +38,11 @@ fn what_firecracker_never_sends_is_refused() {
     }
     let endless = [b"HTTP/1.1 200 \r\nX: ".to_vec(), vec![b'a'; HEAD_BYTES_MAX]].concat();
     assert!(parse_response(&endless).is_err());
+    let whole = [endless, b"\r\n\r\n".to_vec()].concat();
+    assert!(
+        parse_response(&whole).is_err(),
+        "a head that is too long was taken because it came in one piece"
+    );
 }
 
 proptest! {

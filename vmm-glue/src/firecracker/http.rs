@@ -23,11 +23,10 @@ pub fn parse_response(bytes: &[u8]) -> Result<Option<Response>, String> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut head = httparse::Response::new(&mut headers);
     let body_at = match head.parse(bytes) {
-        Ok(httparse::Status::Complete(length)) => length,
-        Ok(httparse::Status::Partial) if bytes.len() > HEAD_BYTES_MAX => {
-            return Err(format!("its head is longer than {HEAD_BYTES_MAX} bytes"));
-        }
-        Ok(httparse::Status::Partial) => return Ok(None),
+        Ok(httparse::Status::Complete(length)) if length <= HEAD_BYTES_MAX => length,
+        // However it came: in one piece or cut short.
+        Ok(httparse::Status::Partial) if bytes.len() <= HEAD_BYTES_MAX => return Ok(None),
+        Ok(_) => return Err(format!("its head is longer than {HEAD_BYTES_MAX} bytes")),
         Err(error) => return Err(error.to_string()),
     };
     let mut length = None;

@@ -10,7 +10,8 @@ const KEPT: usize = 64 * 1024;
 /// The guest's serial port and report ports, shared between the thread that runs it and those that watch.
 ///
 /// Output bytes: `B` booted, `R` filled, `A` answer right, `x` answer wrong, `.` all pages right, `X` some
-/// page wrong, `M` next generation written, `p` parked, `g` generation follows, `!` no parameters found.
+/// page wrong, `M` next generation written, `p` parked, `g` generation follows, `i` up to 256 pages given back and
+/// zero, `d` taken again (how many of them were zero follows), `!` no parameters or no balloon found.
 #[derive(Clone, Debug, Default)]
 pub struct Console {
     shared: Arc<Shared>,

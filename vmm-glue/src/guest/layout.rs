@@ -12,7 +12,7 @@ pub const PAGE_BYTES: u64 = 4096;
 pub const PROGRAM_ADDR: u64 = 0x20_0000;
 /// Most bytes the program may have.
 pub const PROGRAM_BYTES_MAX: usize = PAGE_BYTES as usize;
-/// Where the VMM writes the parameter block: seven little-endian u64, see [`GuestParams::to_block`].
+/// Where the VMM writes the parameter block: eight little-endian u64, see [`GuestParams::to_block`].
 pub const PARAMS_ADDR: u64 = 0x20_1000;
 /// Where the program keeps its state, see [`state`].
 pub const STATE_ADDR: u64 = 0x20_2000;
@@ -42,6 +42,24 @@ pub mod state {
     pub const LANES: u64 = 16;
     /// u64 x 8: scratch of the verification.
     pub const VALUES: u64 = 64;
+    /// u64: where the balloon's registers are, 0 for no balloon.
+    pub const BALLOON: u64 = 128;
+    /// u32: pages in the balloon.
+    pub const HELD: u64 = 136;
+    /// u32: the last of them, of which the device has not yet been seen to know.
+    pub const POSTED: u64 = 140;
+}
+
+/// What the balloon driver uses.
+pub mod balloon {
+    /// Two queues of one entry each, 128 bytes apart: to give pages back, and to take them again.
+    pub const QUEUES_ADDR: u64 = 0x10_0000;
+    /// The numbers of the pages in question, u32 each.
+    pub const PFNS_ADDR: u64 = 0x10_0400;
+    /// A page directory for the GiB of the registers.
+    pub const PAGE_DIRECTORY_ADDR: u64 = 0x10_1000;
+    /// Where Firecracker puts its devices, 4 KiB each.
+    pub const MMIO_ADDR: u64 = 0xd000_0000;
 }
 
 /// I/O ports.

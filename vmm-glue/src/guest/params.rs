@@ -15,6 +15,8 @@ pub struct GuestParams {
     pub answer_pages: u64,
     /// Times the idle loop polls for a command before the next answer and pass; at least 1.
     pub idle_polls: u64,
+    /// Drive a virtio balloon. Only Firecracker can have one; where none is found, the guest says `!`.
+    pub balloon: bool,
 }
 
 impl GuestParams {
@@ -23,7 +25,7 @@ impl GuestParams {
     /// # Errors
     /// [`LayoutError::Pages`].
     pub fn new(pages: u64, seed: u64) -> Result<Self, LayoutError> {
-        Self { pages, seed, answer_pages: ANSWER_PAGES_MIN, idle_polls: 64 }.checked()
+        Self { pages, seed, answer_pages: ANSWER_PAGES_MIN, idle_polls: 64, balloon: false }.checked()
     }
 
     /// These parameters, if they are usable.
@@ -57,8 +59,9 @@ impl GuestParams {
         DATA_ADDR + self.pages * PAGE_BYTES
     }
 
-    /// The parameter block: magic, pages, data address, seed, answer pages, answer stride, idle polls.
-    pub fn to_block(&self) -> [u8; 56] {
+    /// The parameter block: magic, pages, data address, seed, answer pages, answer stride, idle polls,
+    /// whether to drive a balloon.
+    pub fn to_block(&self) -> [u8; 64] {
         let words = [
             PARAMS_MAGIC,
             self.pages,
@@ -67,8 +70,9 @@ impl GuestParams {
             self.answer_pages,
             self.answer_stride(),
             self.idle_polls.max(1),
+            u64::from(self.balloon),
         ];
-        let mut block = [0; 56];
+        let mut block = [0; 64];
         for (to, word) in block.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }

@@ -18,6 +18,15 @@
     jnz .Lcommand
     .endm
 
+    # To the next eight pages: %r13 the pages, %r14 their generations, the lanes' values.
+    .macro next_group
+    .irp lane, 0, 1, 2, 3, 4, 5, 6, 7
+    add %r15, {S_VALUES}+8*\lane(%rbx)
+    .endr
+    add $32, %r14
+    add $32768, %r13
+    .endm
+
     .code64
     mov ${PARAMS}, %ebp
     mov ${STATE}, %ebx
@@ -32,6 +41,12 @@
     .irp lane, 0, 8, 16, 24
     mov %rax, {S_LANES}+\lane(%rbx)
     .endr
+    mov %rax, {S_BALLOON}(%rbx)
+    mov %rax, {S_HELD}(%rbx)
+    cmp %rax, 56(%rbp)
+    jne .Lballoon_find
+.Lfill:
+    xor %eax, %eax
     mov 16(%rbp), %rdi
     mov 8(%rbp), %rcx
     mov 24(%rbp), %rax
@@ -70,6 +85,9 @@
 1:  putc 'R'
 
 .Lmain:
+    cmpq $0, {S_BALLOON}(%rbx)
+    jne .Lballoon
+.Lanswer:
     # Answer: an order-dependent sum over the scattered pages, against the one computed from the formula.
     mov ${ANSWERS}, %esi
     mov 32(%rbp), %ecx
@@ -89,6 +107,7 @@
     mov $'x', %al
 1:  out %al, %dx
 
+.Lverify:
     # Verify. %r11 = wrong pages. First the lanes' generations and values, from the current generation.
     xor %r11d, %r11d
     mov {S_GENERATION}(%rbx), %eax
@@ -119,6 +138,8 @@
     mov ${GENERATIONS}, %r14d
     mov 8(%rbp), %r12
     shr $3, %r12
+    cmpl $0, {S_HELD}(%rbx)
+    jne .Lverify_around
 .Lgroup:
     .irp lane, 0, 8, 16, 24
     mov \lane(%r14), %rax
@@ -135,17 +156,13 @@
     jne .Lslow
     .endr
 .Lnext:
-    .irp lane, 0, 1, 2, 3, 4, 5, 6, 7
-    add %r15, {S_VALUES}+8*\lane(%rbx)
-    .endr
-    add $32, %r14
-    add $32768, %r13
+    next_group
     test $7, %r12b
     jnz 1f
     poll
 1:  dec %r12
     jnz .Lgroup
-
+.Lverified:
     mov %r11d, %eax
     mov ${WRONG_COUNT_PORT}, %edx
     out %eax, %dx
@@ -230,6 +247,21 @@
     lea {GENERATIONS}(,%rcx,4), %rsi
     mov 8(%rbp), %r12
     shr $3, %r12
+    # Pages in the balloon are not this guest's to write: the first of each odd lane.
+    test $1, %cl
+    jz 1f
+    mov {S_HELD}(%rbx), %r10d
+    shr $2, %r10d
+    sub %r10, %r12
+    mov %r10, %r11
+    shl $5, %r11
+    add %r11, %rsi
+    shl $10, %r11
+    add %r11, %rdi
+    imul %r8, %r10
+    add %r10, %rdx
+    test %r12, %r12
+    jz 2f
 1:  mov %rdx, (%rdi)
     mov %rdx, 2048(%rdi)
     mov %rdx, 4088(%rdi)
@@ -239,7 +271,7 @@
     add %r8, %rdx
     dec %r12
     jnz 1b
-    lea 1f(%rip), %r13
+2:  lea 1f(%rip), %r13
     jmp .Lsum
 1:  putc 'M'
     jmp .Lmain
@@ -248,6 +280,11 @@
 .Lgeneration:
     putc 'g'
     mov {S_GENERATION}(%rbx), %ecx
+    lea .Lparked(%rip), %r13
+
+    # Says %ecx in eight hexadecimal digits. Returns to %r13.
+.Lhexadecimal:
+    mov ${DATA_PORT}, %edx
     mov $8, %esi
 1:  rol $4, %ecx
     mov %ecx, %eax
@@ -259,7 +296,7 @@
 2:  out %al, %dx
     dec %esi
     jnz 1b
-    jmp .Lparked
+    jmp *%r13
 
     # S_SUM = what the answer must come to, by the formula alone. Returns to %r13.
 .Lsum:

@@ -5,7 +5,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
-    use crate::guest::layout::{self, port, state};
+    use crate::guest::layout::{self, balloon, port, state};
     use crate::guest::pattern;
 
     std::arch::global_asm!(
@@ -15,6 +15,7 @@ mod x86_64 {
         ".globl dormouse_guest_start",
         "dormouse_guest_start:",
         include_str!("../guest/program.S"),
+        include_str!("../guest/balloon.S"),
         ".hidden dormouse_guest_end",
         ".globl dormouse_guest_end",
         "dormouse_guest_end:",
@@ -30,6 +31,13 @@ mod x86_64 {
         S_SUM = const state::SUM,
         S_LANES = const state::LANES,
         S_VALUES = const state::VALUES,
+        S_BALLOON = const state::BALLOON,
+        S_HELD = const state::HELD,
+        S_POSTED = const state::POSTED,
+        BALLOON_QUEUES = const balloon::QUEUES_ADDR,
+        BALLOON_PFNS = const balloon::PFNS_ADDR,
+        BALLOON_PD = const balloon::PAGE_DIRECTORY_ADDR,
+        MMIO = const balloon::MMIO_ADDR,
         DATA_PORT = const port::SERIAL_DATA,
         STATUS_PORT = const port::SERIAL_STATUS,
         WRONG_COUNT_PORT = const port::WRONG_COUNT,

@@ -99,7 +99,7 @@ impl Keeper for HolderKeeper {
                 }
                 other => return Err(unexpected(&other)),
             };
-            match understood(&record, descriptors) {
+            match understood(&id, &record, descriptors) {
                 Ok(vm) => {
                     let again = vm.try_clone().map_err(KeepError::io("duplicating descriptors"))?;
                     state.kept.insert(id, again);
@@ -258,8 +258,12 @@ fn unexpected(response: &Response) -> KeepError {
     }
 }
 
-fn understood(record: &[u8], descriptors: Vec<OwnedFd>) -> Result<KeptVm, KeepError> {
+fn understood(id: &VmId, record: &[u8], descriptors: Vec<OwnedFd>) -> Result<KeptVm, KeepError> {
     let [uffd, states, process] = <[OwnedFd; 3]>::try_from(descriptors)
         .map_err(|got| KeepError::Answer(format!("{} descriptors instead of three", got.len())))?;
-    Ok(KeptVm { record: VmRecord::decode(record)?, uffd, states, process })
+    let record = VmRecord::decode(record)?;
+    if record.id != *id {
+        return Err(KeepError::Answer(format!("the record of {} for {id}", record.id)));
+    }
+    Ok(KeptVm { record, uffd, states, process })
 }

@@ -210,6 +210,29 @@ fn nonsense_is_refused_and_disturbs_nobody() {
 }
 
 #[test]
+fn what_somebody_kept_that_makes_no_sense_holds_up_no_other() {
+    let (held, process) = (Held::start(), Sleeper::start());
+    let client = held.client();
+    let good = vm("m", &process.0);
+    client.keep(&good).expect("kept");
+    // Before and after it in order; each with a process that lives, so that the holder goes on holding it.
+    let record = good.record.encode().expect("a record");
+    for (id, record) in [("a", &b"no record"[..]), ("b", b""), ("z", &record)] {
+        let process = good.process.try_clone().expect("duplicated");
+        let message = [format!("{{\"do\":\"keep\",\"id\":\"{id}\"}}\n").as_bytes(), record].concat();
+        let answer = say(&held.socket(), true, &message, &[memfd("x"), memfd("y"), process]);
+        assert!(answer.expect("an answer").contains("done"));
+    }
+    // Nobody else's can be taken over in this way.
+    let stolen =
+        say(&held.socket(), true, b"{\"do\":\"keep\",\"id\":\"m\"}\n", &[memfd("x"), memfd("y"), memfd("z")]);
+    assert!(stolen.expect("an answer").contains("served by another process"));
+    drop(client);
+    let next = held.client();
+    assert_eq!(ids(&taken(&next)), ["m"]);
+}
+
+#[test]
 fn a_holder_that_cannot_be_started_is_not_waited_for() {
     let directory = tempfile::tempdir().expect("directory");
     let socket = directory.path().join("hold");
