@@ -19,7 +19,8 @@ fuzz_target!(|bytes: &[u8]| {
             assert_eq!(StoredIn::parse(&stored.to_string()), Some(stored));
         }
     }
-    if let Some((name, stored)) = std::str::from_utf8(bytes).ok().and_then(|n| Some((n, StoredIn::parse(n)?))) {
+    if let Some((name, stored)) = std::str::from_utf8(bytes).ok().and_then(|n| Some((n, StoredIn::parse(n)?)))
+    {
         assert_eq!(stored.to_string(), name);
     }
 });

@@ -16,7 +16,9 @@ fuzz_target!(|bytes: &[u8]| {
         }
         if let Ok(request) = Request::decode(message) {
             assert_eq!(Request::decode(&request.encode()), Ok(request));
-            assert!(request.length <= protocol::STATE_BYTES_MAX || request.command == protocol::Command::Memory);
+            assert!(
+                request.length <= protocol::STATE_BYTES_MAX || request.command == protocol::Command::Memory
+            );
             let Ok(next) = at.step(request.command) else { return };
             assert!(next != SleepSequence::Completed || at == SleepSequence::StateReceived);
             at = next;

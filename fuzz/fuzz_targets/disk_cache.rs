@@ -18,7 +18,8 @@ thread_local! {
 fuzz_target!(|input: (&[u8], u16, bool, u32)| {
     let (stored, flipped, as_it_came, says) = input;
     let hash = FrameHash::of(stored);
-    let mut head = [&b"DORMFRAM"[..], &1u32.to_le_bytes(), &(stored.len() as u32).to_le_bytes(), &hash.0].concat();
+    let mut head =
+        [&b"DORMFRAM"[..], &1u32.to_le_bytes(), &(stored.len() as u32).to_le_bytes(), &hash.0].concat();
     head.extend(blake3::Hasher::new().update(&head).update(stored).finalize().as_bytes());
     let whole = [&head, stored].concat();
     let mut file = if as_it_came { stored.to_vec() } else { whole.clone() };
@@ -41,7 +42,9 @@ fuzz_target!(|input: (&[u8], u16, bool, u32)| {
         fs::write(&path, &file).expect("written");
         match cache.get(&at) {
             Some(found) => assert!(found == stored && file == whole, "a damaged file is taken for whole"),
-            None => assert!(file != whole || stored_bytes as usize != stored.len(), "a whole file is not found"),
+            None => {
+                assert!(file != whole || stored_bytes as usize != stored.len(), "a whole file is not found")
+            }
         }
         let _ = fs::remove_file(path);
     });
