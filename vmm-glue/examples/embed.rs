@@ -62,9 +62,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         vm.console().text(),
         vm.console().wrong_total()
     );
-    // What it touched first comes first next time: one object, read in one go.
-    let stream = woken.improve_stream()?;
-    println!("stream: {} pages", stream.map_or(0, |report| report.pages));
     drop(vm);
     let counters = woken.end(VmStopped::attest());
     println!("pages: {} faulted, {} prefetched", counters.faults, counters.prefetched_pages);

@@ -41,11 +41,12 @@ pub enum Prefetch {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Install {
     /// All of them are copied there by the kernel.
-    Copy,
-    /// Blocks of 2 MiB that the resume stream brings whole are put together beside guest memory and moved there as one,
-    /// for about half of what copying costs; the guest then runs on pages of 2 MiB. All else is copied, as is everything
-    /// where the kernel cannot do that (before Linux 6.8, or without transparent huge pages for those who ask).
     #[default]
+    Copy,
+    /// Blocks of 2 MiB that the resume stream brings whole are put together beside guest memory and moved there as one;
+    /// the guest then runs on pages of 2 MiB. Half of what copying costs where the host has such pages free, more than
+    /// copying where it must first make them. All else is copied, as is everything where the kernel cannot do that (before
+    /// Linux 6.8, or without transparent huge pages for those who ask).
     Move,
 }
 
