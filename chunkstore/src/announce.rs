@@ -1,18 +1,16 @@
 //! Announcements: snapshots about to get a name, so that garbage collection keeps what they need.
 //!
 //! An object with the bytes of the reference to be, deleted when the reference moved or did not. What a writer that died
-//! leaves behind counts for [`StoreOptions::lease`](crate::StoreOptions::lease), by the store's clock, and is then
-//! garbage itself.
+//! leaves behind counts for a week (672 times [`StoreOptions::lease`](crate::StoreOptions::lease)), by the store's
+//! clock, and is then garbage itself: a writer may be stopped, with its machine, at the moment it moves its name, and go on.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant},
-};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use dormouse_core::Reference;
 
 use crate::{
     error::{Result, StoreError},
+    gc::lease::Moment,
     store::{Store, now_unix_ms},
 };
 
@@ -23,7 +21,7 @@ static ATTEMPTS: AtomicU64 = AtomicU64::new(0);
 pub(crate) struct Announced<'a> {
     store: &'a Store,
     key: String,
-    since: Instant,
+    since: Moment,
 }
 
 impl Store {
@@ -36,7 +34,7 @@ impl Store {
         let writer = format!("{host} {} {} {attempt}", std::process::id(), now_unix_ms());
         let key =
             self.keys.announced(blake3::Hasher::new().update(&bytes).update(writer.as_bytes()).finalize());
-        let since = Instant::now();
+        let since = Moment::now(self.lease);
         self.put_content(&key, bytes)?;
         Ok(Announced { store: self, key, since })
     }
@@ -44,9 +42,9 @@ impl Store {
     /// All announcements that still count at `now` by the store's clock, and the keys of those that do not.
     pub(crate) fn announcements(&self, now_unix_ms: u64) -> Result<(Vec<Reference>, Vec<String>)> {
         let (mut valid, mut stale) = (Vec::new(), Vec::new());
-        let lease_ms = self.lease.as_millis() as u64;
+        let counts_ms = self.stopped_ms();
         self.backend.list(&self.keys.announced_all(), &mut |meta| {
-            let counts = meta.modified_unix_ms.saturating_add(lease_ms) > now_unix_ms;
+            let counts = meta.modified_unix_ms.saturating_add(counts_ms) > now_unix_ms;
             if counts { valid.push(meta.key) } else { stale.push(meta.key) }
         })?;
         let mut references = Vec::new();
@@ -63,9 +61,9 @@ impl Store {
 }
 
 impl Announced<'_> {
-    /// Fails if it is so long ago that a collector may soon take the writer for dead.
+    /// Fails if it is so long ago that it is better to begin anew.
     pub(crate) fn check_time(&self) -> Result<()> {
-        if self.since.elapsed() < self.store.lease.max(SHORTEST_LEASE) / 2 {
+        if !self.since.is_past() {
             return Ok(());
         }
         Err(StoreError::Unavailable {
@@ -82,6 +80,3 @@ impl Announced<'_> {
         }
     }
 }
-
-/// Writers are not asked to be faster than this, whatever a collector takes for dead.
-const SHORTEST_LEASE: Duration = Duration::from_secs(60);

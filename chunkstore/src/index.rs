@@ -2,12 +2,17 @@
 //!
 //! A cache and nothing more: it may be deleted, it may be behind, and what it says of packs that were collected
 //! since is found out before an import is acknowledged. Kept in an embedded database; where another process has
-//! that open, or it is damaged, in memory.
+//! that open, or it is damaged, in memory. Each entry carries a checksum of its own, because nobody looks at a page again
+//! that an entry says is stored already: one wrong bit would give a snapshot another page.
 
 use std::{
     collections::{HashMap, HashSet},
-    path::Path,
-    sync::{Mutex, PoisonError},
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use dormouse_core::{
@@ -17,16 +22,74 @@ use dormouse_core::{
 };
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
-const CHUNKS: TableDefinition<'_, [u8; 32], &[u8]> = TableDefinition::new("chunks-v1");
-const PACKS: TableDefinition<'_, [u8; 32], ()> = TableDefinition::new("packs-v1");
+const CHUNKS: TableDefinition<'_, [u8; 32], &[u8]> = TableDefinition::new("chunks-v2");
+const PACKS: TableDefinition<'_, [u8; 32], ()> = TableDefinition::new("packs-v2");
 
+/// Bytes of an entry's checksum, over the chunk id as well.
+const CHECKSUM_BYTES: usize = 8;
 /// Bytes the database may keep in memory.
 const DATABASE_CACHE_BYTES: usize = 24 << 20;
 
 #[derive(Debug)]
 pub(crate) struct Index {
-    database: Option<Database>,
+    database: Option<OnDisk>,
     memory: Mutex<Memory>,
+}
+
+/// The database, as long as it is of use.
+#[derive(Debug)]
+struct OnDisk {
+    database: Option<Database>,
+    path: PathBuf,
+    damaged: AtomicBool,
+}
+
+impl OnDisk {
+    fn open(dir: &Path) -> Result<Self, String> {
+        std::fs::create_dir_all(dir).map_err(|e| format!("making {}: {e}", dir.display()))?;
+        let path = dir.join("index.redb");
+        let create = || Database::builder().set_cache_size(DATABASE_CACHE_BYTES).create(&path);
+        // Of a damaged file the database may say so in any way, also by panicking.
+        let opened = match catch_unwind(AssertUnwindSafe(create)) {
+            Ok(Ok(database)) => Ok(database),
+            Ok(Err(redb::DatabaseError::DatabaseAlreadyOpen)) => {
+                return Err("another process has it open".into());
+            }
+            Ok(Err(why)) => Err(why.to_string()),
+            Err(_) => Err("it is damaged".into()),
+        };
+        let database = match opened {
+            Ok(database) => database,
+            // Damaged or of another version: it is only a cache, so a new one is as good.
+            Err(first) => {
+                std::fs::remove_file(&path).map_err(|e| format!("{first}; removing it: {e}"))?;
+                create().map_err(|e| format!("{first}; making it anew: {e}"))?
+            }
+        };
+        Ok(OnDisk { database: Some(database), path, damaged: false.into() })
+    }
+
+    /// Asks the database. Once it panicked, which it does where its file is damaged, it is asked no more, and the next to
+    /// open it begins with an empty one.
+    fn ask<T>(&self, ask: impl FnOnce(&Database) -> Option<T>) -> Option<T> {
+        let database = self.database.as_ref().filter(|_| !self.damaged.load(Ordering::SeqCst))?;
+        catch_unwind(AssertUnwindSafe(|| ask(database))).unwrap_or_else(|_| {
+            self.damaged.store(true, Ordering::SeqCst);
+            let removed = std::fs::remove_file(&self.path);
+            tracing::warn!(path = %self.path.display(), ?removed, "the dedup index on disk was damaged");
+            None
+        })
+    }
+}
+
+impl Drop for OnDisk {
+    fn drop(&mut self) {
+        let database = self.database.take();
+        // What it still has to write may meet the damage as well.
+        if catch_unwind(AssertUnwindSafe(|| drop(database))).is_err() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -41,7 +104,7 @@ struct Memory {
 impl Index {
     /// Opens the index in `dir`, or one in memory.
     pub(crate) fn open(dir: Option<&Path>) -> Self {
-        let database = dir.and_then(|dir| match open_database(dir) {
+        let database = dir.and_then(|dir| match OnDisk::open(dir) {
             Ok(database) => Some(database),
             Err(why) => {
                 tracing::info!(%why, "the dedup index on disk is not usable now, one in memory is used");
@@ -49,6 +112,10 @@ impl Index {
             }
         });
         Index { database, memory: Mutex::default() }
+    }
+
+    fn ask<T>(&self, ask: impl FnOnce(&Database) -> Option<T>) -> Option<T> {
+        self.database.as_ref()?.ask(ask)
     }
 
     fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
@@ -62,11 +129,11 @@ impl Index {
             return true;
         }
         drop(memory);
-        let known = || {
-            let table = self.database.as_ref()?.begin_read().ok()?.open_table(PACKS).ok()?;
+        let known = self.ask(|database| {
+            let table = database.begin_read().ok()?.open_table(PACKS).ok()?;
             table.get(pack.0).ok().flatten().map(drop)
-        };
-        known().is_some()
+        });
+        known.is_some()
     }
 
     /// Adds the pages of a pack that is in the store.
@@ -81,32 +148,37 @@ impl Index {
     }
 
     fn write(&self, pack: &PackRef, footer: &PackFooter) -> Option<()> {
-        let mut write = self.database.as_ref()?.begin_write().ok()?;
-        // A cache need not survive a power cut; it is only ever behind.
-        write.set_durability(Durability::None).ok()?;
-        {
-            let mut chunks = write.open_table(CHUNKS).ok()?;
-            let mut entries = Vec::new();
-            each_page(pack, footer, |id, place| entries.push((id, encode(&place))));
-            entries.sort_by_key(|(id, _)| *id);
-            for (id, value) in entries {
-                if chunks.get(id.0).ok()?.is_none() {
-                    chunks.insert(id.0, value.as_slice()).ok()?;
+        let mut entries = Vec::new();
+        each_page(pack, footer, |id, place| entries.push((id, encode(&id, &place))));
+        entries.sort_by_key(|(id, _)| *id);
+        self.ask(|database| {
+            let mut write = database.begin_write().ok()?;
+            // A cache need not survive a power cut; it is only ever behind.
+            write.set_durability(Durability::None).ok()?;
+            {
+                let mut chunks = write.open_table(CHUNKS).ok()?;
+                for (id, value) in entries {
+                    if chunks.get(id.0).ok()?.is_none_or(|old| decode(&id, old.value()).is_none()) {
+                        chunks.insert(id.0, value.as_slice()).ok()?;
+                    }
                 }
+                write.open_table(PACKS).ok()?.insert(pack.id.0, ()).ok()?;
             }
-            write.open_table(PACKS).ok()?.insert(pack.id.0, ()).ok()?;
-        }
-        write.commit().ok()
+            write.commit().ok()
+        })
     }
 
     /// Looks pages up, all in one read of the database.
     pub(crate) fn look_up(&self, ids: &[ChunkId], mut found: impl FnMut(usize, PagePlace)) {
-        let table = || self.database.as_ref()?.begin_read().ok()?.open_table(CHUNKS).ok();
-        let table = table();
+        let stored = self.ask(|database| {
+            let table = database.begin_read().ok()?.open_table(CHUNKS).ok()?;
+            let entry = |id: &ChunkId| decode(id, table.get(id.0).ok()??.value());
+            Some(ids.iter().map(entry).collect::<Vec<_>>())
+        });
+        let stored = stored.unwrap_or_default();
         let memory = self.memory();
         for (i, id) in ids.iter().enumerate() {
-            let stored = || decode(table.as_ref()?.get(id.0).ok()??.value());
-            let place = memory.chunks.get(id).copied().or_else(stored);
+            let place = memory.chunks.get(id).copied().or_else(|| stored.get(i).copied().flatten());
             let lost = |pack| memory.forgotten.contains(&pack) || memory.lost.contains(&pack);
             if let Some(place) = place.filter(|p| !lost(p.pack.id)) {
                 found(i, place);
@@ -120,12 +192,16 @@ impl Index {
         let memory = self.memory();
         let mut found: Vec<_> =
             memory.chunks.iter().filter(|(_, place)| wanted(place)).map(|(id, p)| (*id, *p)).collect();
-        let table = || self.database.as_ref()?.begin_read().ok()?.open_table(CHUNKS).ok();
-        if let Some(table) = table() {
-            for (id, value) in table.iter().into_iter().flatten().flatten() {
-                found.extend(decode(value.value()).filter(wanted).map(|place| (ChunkId(id.value()), place)));
+        let stored = self.ask(|database| {
+            let table = database.begin_read().ok()?.open_table(CHUNKS).ok()?;
+            let mut stored = Vec::new();
+            for (id, value) in table.iter().ok()?.flatten() {
+                let id = ChunkId(id.value());
+                stored.extend(decode(&id, value.value()).filter(wanted).map(|place| (id, place)));
             }
-        }
+            Some(stored)
+        });
+        found.extend(stored.unwrap_or_default());
         found
     }
 
@@ -143,32 +219,18 @@ impl Index {
             memory.packs.retain(|p| !packs.contains(p));
             memory.forgotten.extend(packs);
         }
-        let forget = || {
-            let write = self.database.as_ref()?.begin_write().ok()?;
+        let forget = self.ask(|database| {
+            let write = database.begin_write().ok()?;
             {
-                let gone = |value: &[u8]| decode(value).is_none_or(|p| packs.contains(&p.pack.id));
-                write.open_table(CHUNKS).ok()?.retain(|_, value| !gone(value)).ok()?;
+                let gone =
+                    |id, value: &[u8]| decode(&ChunkId(id), value).is_none_or(|p| packs.contains(&p.pack.id));
+                write.open_table(CHUNKS).ok()?.retain(|id, value| !gone(id, value)).ok()?;
                 write.open_table(PACKS).ok()?.retain(|id, ()| !packs.contains(&PackId(id))).ok()?;
             }
             write.commit().ok()
-        };
-        if forget().is_some() {
+        });
+        if forget.is_some() {
             self.memory().forgotten.clear();
-        }
-    }
-}
-
-fn open_database(dir: &Path) -> Result<Database, String> {
-    std::fs::create_dir_all(dir).map_err(|e| format!("making {}: {e}", dir.display()))?;
-    let path = dir.join("index.redb");
-    let create = || Database::builder().set_cache_size(DATABASE_CACHE_BYTES).create(&path);
-    match create() {
-        Ok(database) => Ok(database),
-        Err(redb::DatabaseError::DatabaseAlreadyOpen) => Err("another process has it open".into()),
-        // Damaged or of another version: it is only a cache, so a new one is as good.
-        Err(first) => {
-            std::fs::remove_file(&path).map_err(|e| format!("{first}; removing it: {e}"))?;
-            create().map_err(|e| format!("{first}; making it anew: {e}"))
         }
     }
 }
@@ -183,19 +245,63 @@ fn each_page(pack: &PackRef, footer: &PackFooter, mut each: impl FnMut(ChunkId, 
     }
 }
 
-fn encode(place: &PagePlace) -> Vec<u8> {
+fn checksum(id: &ChunkId, entry: &[u8]) -> [u8; CHECKSUM_BYTES] {
+    let hash = blake3::Hasher::new().update(&id.0).update(entry).finalize();
+    let mut first = [0; CHECKSUM_BYTES];
+    first.copy_from_slice(&hash.as_bytes()[..CHECKSUM_BYTES]);
+    first
+}
+
+fn encode(id: &ChunkId, place: &PagePlace) -> Vec<u8> {
     let mut w = Writer::new();
     PackRef::write_table(&mut w, std::slice::from_ref(&place.pack));
     FrameRef { pack: 0, ..place.frame }.write(&mut w);
     w.u8(place.slot.get() as u8);
-    w.finish()
+    let mut entry = w.finish();
+    entry.extend_from_slice(&checksum(id, &entry));
+    entry
 }
 
-fn decode(bytes: &[u8]) -> Option<PagePlace> {
-    let mut r = Reader::new(bytes, "index entry");
+/// `None` as well for what is not the entry that was written for this id.
+fn decode(id: &ChunkId, bytes: &[u8]) -> Option<PagePlace> {
+    let (entry, sum) = bytes.split_at_checked(bytes.len().checked_sub(CHECKSUM_BYTES)?)?;
+    if checksum(id, entry) != sum {
+        return None;
+    }
+    let mut r = Reader::new(entry, "index entry");
     let packs = PackRef::read_table(&mut r).ok()?;
     let frame = FrameRef::read(&mut r, packs.len()).ok()?;
     let slot = Slot::new(usize::from(r.u8().ok()?))?;
     r.end().ok()?;
     Some(PagePlace { pack: *packs.first()?, frame, slot })
+}
+
+#[cfg(test)]
+mod tests {
+    use dormouse_core::{Codec, FrameHash};
+
+    use super::*;
+
+    #[test]
+    fn an_entry_with_any_bit_flipped_is_no_entry() {
+        let pack = PackRef { id: PackId([7; 32]), footer_offset: 9 << 20, footer_bytes: 700 };
+        let frame = FrameRef {
+            pack: 0,
+            offset: 70_000,
+            stored_bytes: 40_000,
+            raw_bytes: 128 << 10,
+            codec: Codec::Zstd,
+            hash: FrameHash([9; 16]),
+        };
+        let (id, place) = (ChunkId([3; 32]), PagePlace { pack, frame, slot: Slot::new(5).unwrap() });
+        let entry = encode(&id, &place);
+        assert_eq!(decode(&id, &entry), Some(place));
+        for bit in 0..entry.len() * 8 {
+            let mut flipped = entry.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode(&id, &flipped), None, "bit {bit}");
+        }
+        assert_eq!(decode(&ChunkId([4; 32]), &entry), None, "the entry of another page");
+        assert_eq!(decode(&id, &entry[..CHECKSUM_BYTES - 1]), None);
+    }
 }

@@ -28,7 +28,8 @@ impl Store {
     }
 }
 
-fn each<T: Send, R: Send>(
+/// [`Store::side_by_side`] with no more than `most` at the same time, for work that takes much memory.
+pub(crate) fn each<T: Send, R: Send>(
     most: usize,
     items: Vec<T>,
     work: impl Fn(T) -> Result<R> + Sync,

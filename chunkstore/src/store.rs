@@ -24,6 +24,10 @@ use crate::{
 /// Longer than any writer takes between announcing a snapshot and moving its name.
 const DEFAULT_LEASE: Duration = Duration::from_secs(15 * 60);
 
+/// How many leases a process may be stopped for (a machine that sleeps, a VM that is moved) and then go on without harm
+/// to what others did meanwhile: a week of the default ones.
+const STOPPED_LEASES: u64 = 7 * 24 * 4;
+
 /// How a store is opened.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -35,7 +39,8 @@ pub struct StoreOptions {
     pub frame_cache_bytes: u64,
     /// Most bytes of frames kept below `cache_dir`, as stored, if the store is a remote one; 0 for none.
     pub disk_cache_bytes: u64,
-    /// A collector, or a writer about to move a name, that was silent for this long is taken for dead.
+    /// A collector that was silent for this long is taken for dead: another one takes over. A writer about to move a
+    /// name, and what a dead collector was about to delete, are reckoned with for 672 times as long: a week by default.
     pub lease: Duration,
 }
 
@@ -160,6 +165,11 @@ impl Store {
         if let Some(disk) = self.disk() {
             disk.flush();
         }
+    }
+
+    /// Milliseconds for which what a process may still do that is taken for dead is reckoned with.
+    pub(crate) fn stopped_ms(&self) -> u64 {
+        self.lease.as_millis() as u64 * STOPPED_LEASES
     }
 
     pub(crate) fn no_such(&self, name: &Name) -> StoreError {

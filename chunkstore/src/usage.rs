@@ -204,13 +204,22 @@ impl Store {
         if references.good.is_empty() && references.bad.is_empty() {
             self.hint_at_key()?;
         }
-        for reference in references.good {
-            match self.read_root(reference.root, Some(&reference.name)) {
+        for (_, why) in &references.bad {
+            tracing::warn!(%why, "a snapshot is not listed");
+        }
+        let read = |reference: Reference| {
+            let root = self.read_root(reference.root, Some(&reference.name));
+            Ok((reference, root))
+        };
+        self.side_by_side(references.good, read, |(reference, root)| {
+            match root {
                 Ok(root) => all.push(SnapshotSummary::of(&reference, &root)),
                 Err(e) if e.is_retryable() => return Err(e),
                 Err(why) => tracing::warn!(name = %reference.name, %why, "a snapshot cannot be read"),
             }
-        }
+            Ok(())
+        })?;
+        all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
 

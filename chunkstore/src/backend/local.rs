@@ -198,11 +198,41 @@ impl Backend for LocalBackend {
         self.sync_directory_of(key)
     }
 
+    /// Whatever is there and cannot be looked at is an error, never left out: to the collector, a reference that is not
+    /// listed is a snapshot that nobody wants any more.
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
-        if !self.path(prefix).is_dir() {
-            return Ok(());
+        let mut folders = vec![(prefix.to_owned(), self.path(prefix))];
+        while let Some((prefix, folder)) = folders.pop() {
+            let error = |e| self.io_error(format!("listing {}", folder.display()), e);
+            let entries = match std::fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(_) if is_gone(&folder) => continue,
+                Err(e) => return Err(error(e)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(error)?;
+                let (name, path) = (entry.file_name(), entry.path());
+                if is_staged(&name) {
+                    continue;
+                }
+                // Through links: a folder of the store may have been put elsewhere.
+                let meta = match std::fs::metadata(&path) {
+                    Ok(meta) => meta,
+                    // Deleted between the listing and the look at it.
+                    Err(_) if is_gone(&path) => continue,
+                    Err(e) => return Err(error(e)),
+                };
+                let Some(name) = name.to_str() else { continue };
+                let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}/{name}") };
+                if meta.is_dir() {
+                    folders.push((key, path));
+                } else {
+                    let modified_unix_ms = modified_unix_ms(&meta);
+                    each(ObjectMeta { key, bytes: meta.len(), modified_unix_ms });
+                }
+            }
         }
-        self.objects.list(prefix, each)
+        Ok(())
     }
 
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
@@ -241,6 +271,11 @@ impl Backend for LocalBackend {
 fn is_staged(name: &OsStr) -> bool {
     let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
     number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Whether there is nothing of this name, not even a link that leads nowhere.
+fn is_gone(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
 }
 
 fn modified_unix_ms(meta: &std::fs::Metadata) -> u64 {

@@ -40,7 +40,7 @@ pub struct Version {
 pub enum PutOutcome {
     /// It is there now, durably.
     Created,
-    /// There was one already.
+    /// There was one already; it may be one's own, if an answer was lost on its way.
     Exists,
 }
 

@@ -177,7 +177,16 @@ impl Backend for ObjectBackend {
     }
 
     fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome> {
-        self.put(key, bytes, PutMode::Create).map_err(|e| self.error(format!("writing {key}"), e))
+        let put = || {
+            let put = self.put(key, bytes.clone(), PutMode::Create);
+            put.map_err(|e| self.error(format!("writing {key}"), e))
+        };
+        match put() {
+            // The client does not ask again what may have been done, as when a server reset a connection that had lain
+            // idle. Here that does no harm: what may be there then is the same.
+            Err(e) if e.is_retryable() => put(),
+            done => done,
+        }
     }
 
     fn put_again(&self, key: &str, bytes: Bytes) -> Result<()> {
@@ -205,15 +214,26 @@ impl Backend for ObjectBackend {
             Some(v) => PutMode::Update(UpdateVersion { e_tag: v.e_tag.clone(), version: v.version.clone() }),
         };
         let doing = || format!("moving {key}");
-        match self.put(key, bytes.clone(), mode) {
+        match self.put(key, bytes.clone(), mode.clone()) {
             Ok(PutOutcome::Created) => Ok(true),
             // Either somebody was first, or our own first attempt arrived and its answer did not.
             Ok(PutOutcome::Exists) => Ok(self.get_versioned(key)?.0.unwrap_or_default() == bytes),
             Err(e) => {
                 let error = self.error(doing(), e);
                 // The answer was lost; the object itself says whether the write was.
-                let now = self.get_versioned(key).ok().map(|(now, _)| now.unwrap_or_default());
-                if now == Some(bytes) { Ok(true) } else { Err(error) }
+                let Ok((now, version)) = self.get_versioned(key) else { return Err(error) };
+                if now.unwrap_or_default() == bytes {
+                    return Ok(true);
+                }
+                if !error.is_retryable() || version.as_ref() != expected {
+                    return Err(error);
+                }
+                match self.put(key, bytes.clone(), mode) {
+                    Ok(PutOutcome::Created) => Ok(true),
+                    // The first one was still on its way.
+                    Ok(PutOutcome::Exists) => Ok(self.get_versioned(key)?.0.unwrap_or_default() == bytes),
+                    Err(_) => Err(error),
+                }
             }
         }
     }

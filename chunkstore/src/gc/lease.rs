@@ -1,8 +1,14 @@
 //! The lease that sees to it that one collector runs at a time, by the store's own clock.
+//!
+//! Its owner may be stopped at any instant, with its machine, and go on when somebody else has long taken over. So it asks
+//! before whatever only the owner may do ([`Held::renew`]), looks at a clock that goes on while machines sleep
+//! ([`Moment`]), and who inherits a lease that was never given back leaves standing what protects from its predecessor
+//! (`gc/mod.rs`).
 
-use std::time::Instant;
+use std::time::Duration;
 
 use bytes::Bytes;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::{
     backend::Version,
@@ -10,46 +16,114 @@ use crate::{
     store::{Store, now_unix_ms},
 };
 
+/// Nobody is asked to be faster than this, whatever is taken for dead.
+const SHORTEST_LEASE: Duration = Duration::from_secs(60);
+
+/// A moment at which something was found out that may be acted on for half a lease.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    since: Duration,
+    good: Duration,
+}
+
+impl Moment {
+    pub(crate) fn now(lease: Duration) -> Self {
+        Moment { since: awake_or_asleep(), good: lease.max(SHORTEST_LEASE) / 2 }
+    }
+
+    fn age(&self) -> Duration {
+        awake_or_asleep().saturating_sub(self.since)
+    }
+
+    /// Whether it is too long ago by now.
+    pub(crate) fn is_past(&self) -> bool {
+        self.age() >= self.good
+    }
+}
+
+/// The time since this machine was started. Other than `Instant` it goes on while the machine sleeps.
+fn awake_or_asleep() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(now.tv_sec.max(0) as u64, now.tv_nsec.clamp(0, 999_999_999) as u32)
+}
+
 /// The right to collect garbage, or to move what others may share.
 pub(crate) struct Lease<'a> {
     store: &'a Store,
     key: String,
     body: String,
     version: Option<Version>,
-    /// The store's clock when the lease was last written.
+    /// The store's clock when the lease was taken.
     pub(super) now_unix_ms: u64,
-    renewed: Instant,
+    renewed: Moment,
+    /// Whether it was never given back by who had it before.
+    inherited: bool,
+}
+
+/// A lease, or none where nothing is going to be changed.
+pub(crate) struct Held<'a>(pub(crate) Option<Lease<'a>>);
+
+impl Held<'_> {
+    /// Renews the lease if it is time.
+    pub(crate) fn keep(&mut self) -> Result<()> {
+        match &mut self.0 {
+            Some(lease) if lease.renewed.age() >= lease.store.lease / 4 => lease.renew(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Renews the lease: what was found out since it was taken holds, and nobody else has acted on anything since.
+    ///
+    /// # Errors
+    /// If somebody else has taken over.
+    pub(crate) fn renew(&mut self) -> Result<()> {
+        self.0.as_mut().map_or(Ok(()), Lease::renew)
+    }
+
+    /// Fails once the lease was last renewed so long ago that somebody else may soon have it. For many threads.
+    pub(crate) fn watch(&self) -> impl Fn() -> Result<()> + Sync + 'static {
+        let renewed = self.0.as_ref().map(|lease| lease.renewed);
+        move || if renewed.is_some_and(|renewed| renewed.is_past()) { Err(lost()) } else { Ok(()) }
+    }
+
+    /// Whether who had it before may be stopped, and go on where it was.
+    pub(super) fn is_inherited(&self) -> bool {
+        self.0.as_ref().is_some_and(|lease| lease.inherited && lease.store.stopped_ms() > 0)
+    }
+
+    /// Gives it back, so that the next one need not wait.
+    pub(crate) fn release(self) -> Result<()> {
+        let Some(mut lease) = self.0 else { return Ok(()) };
+        lease.store.backend.swap(&lease.key, lease.version.take().as_ref(), Bytes::new()).map(drop)
+    }
 }
 
 impl Lease<'_> {
-    /// Renews the lease if it is time.
-    pub(crate) fn keep(&mut self) -> Result<()> {
-        if self.renewed.elapsed() < self.store.lease / 4 { Ok(()) } else { self.renew() }
-    }
-
-    /// Fails if somebody else has taken over.
-    pub(crate) fn renew(&mut self) -> Result<()> {
+    fn renew(&mut self) -> Result<()> {
         let (owner, sequence) = self.body.split_once(' ').unwrap_or((&self.body, "0"));
         let next = sequence.parse::<u64>().unwrap_or(0) + 1;
         let body = format!("{owner} {next}");
+        // Before it is written, not after: nobody knows how long the answer is on its way.
+        let renewed = Moment::now(self.store.lease);
         if !self.store.backend.swap(&self.key, self.version.as_ref(), Bytes::from(body.clone()))? {
-            return Err(StoreError::Conflict { name: "the garbage collector's lease".into() });
+            return Err(lost());
         }
-        self.version = self.store.backend.get_versioned(&self.key)?.1;
+        self.version = self.store.version_of_mine(&self.key, &body)?;
         self.body = body;
-        self.renewed = Instant::now();
+        self.renewed = renewed;
         Ok(())
     }
+}
 
-    pub(crate) fn release(mut self) -> Result<()> {
-        self.store.backend.swap(&self.key, self.version.take().as_ref(), Bytes::new()).map(drop)
-    }
+fn lost() -> StoreError {
+    StoreError::Conflict { name: "the garbage collector's lease".into() }
 }
 
 impl Store {
     pub(crate) fn take_lease(&self) -> Result<Lease<'_>> {
         let key = self.keys.gc_lease();
         let (body, version) = self.backend.get_versioned(&key)?;
+        let inherited = body.is_some();
         if let Some(body) = body {
             let taken = self.modified(&key)?;
             // Whose clock says what: only the store's own times are compared, with a probe written now.
@@ -64,18 +138,21 @@ impl Store {
         }
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let body = format!("{}/{}/{} 0", host.trim(), std::process::id(), now_unix_ms());
+        let renewed = Moment::now(self.lease);
         if !self.backend.swap(&key, version.as_ref(), Bytes::from(body.clone()))? {
-            return Err(StoreError::Conflict { name: "the garbage collector's lease".into() });
+            return Err(lost());
         }
-        let version = self.backend.get_versioned(&key)?.1;
-        Ok(Lease {
-            store: self,
-            now_unix_ms: self.modified(&key)?,
-            renewed: Instant::now(),
-            key,
-            body,
-            version,
-        })
+        let version = self.version_of_mine(&key, &body)?;
+        let now_unix_ms = self.modified(&key)?;
+        Ok(Lease { store: self, key, body, version, now_unix_ms, renewed, inherited })
+    }
+
+    /// The version of a lease that was just written. Whoever has taken it over since is not mistaken for oneself.
+    fn version_of_mine(&self, key: &str, body: &str) -> Result<Option<Version>> {
+        match self.backend.get_versioned(key)? {
+            (Some(now), version) if now == body.as_bytes() => Ok(version),
+            _ => Err(lost()),
+        }
     }
 
     fn modified(&self, key: &str) -> Result<u64> {
@@ -95,5 +172,20 @@ impl Store {
         let now = self.modified(&key);
         self.backend.delete(&key)?;
         now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_found_out_is_acted_on_for_half_a_lease_and_no_longer() {
+        let lease = Duration::from_secs(900);
+        let mut moment = Moment::now(lease);
+        assert!(!moment.is_past());
+        moment.since = moment.since.saturating_sub(lease / 2);
+        assert!(moment.is_past() || moment.since.is_zero());
+        assert!(!Moment::now(Duration::ZERO).is_past(), "nobody is asked to be faster than half a minute");
     }
 }

@@ -13,13 +13,50 @@ use crate::{
 /// Snapshots whose roots are in memory at the same time.
 const MARK_BATCH: usize = 64;
 
+/// Whose needs are marked: of names, or of announcements.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    Names,
+    Announcements,
+}
+
+#[derive(Default)]
+struct Marked {
+    /// The last part of each object's key.
+    ids: HashSet<String>,
+    /// Page maps that were read, by pack and offset. Generations share most of theirs, and none is read twice.
+    maps: HashSet<(PackId, u32)>,
+}
+
 /// What references need.
 #[derive(Default)]
 pub(super) struct Live {
-    /// The last part of each object's key.
-    pub(super) ids: HashSet<String>,
-    /// Page maps that were read, by pack and offset. Generations share most of theirs, and none is read twice.
-    maps: HashSet<(PackId, u32)>,
+    named: Marked,
+    /// What only announcements need: it stays, but whoever wants to share it is to go on seeing marks it has.
+    announced: Marked,
+}
+
+impl Live {
+    /// Whether the object is needed whose key ends in `id`.
+    pub(super) fn needs(&self, id: &str) -> bool {
+        self.is_named(id) || self.announced.ids.contains(id)
+    }
+
+    /// Whether a snapshot that has its name needs it.
+    pub(super) fn is_named(&self, id: &str) -> bool {
+        self.named.ids.contains(id)
+    }
+
+    fn knows_map(&self, of: Of, at: &(PackId, u32)) -> bool {
+        self.named.maps.contains(at) || (of == Of::Announcements && self.announced.maps.contains(at))
+    }
+
+    fn of(&mut self, of: Of) -> &mut Marked {
+        match of {
+            Of::Names => &mut self.named,
+            Of::Announcements => &mut self.announced,
+        }
+    }
 }
 
 impl Store {
@@ -33,11 +70,6 @@ impl Store {
     ) -> Result<HashMap<String, RootId>> {
         // Announcements before references: a writer ends the one only when the other has moved.
         let announced = self.announcements(now_unix_ms)?.0;
-        self.mark_all(&announced, live, keep, |reference, live| match self.mark_one(reference, live) {
-            // Its writer finds out as well.
-            Err(StoreError::Missing { .. }) => Ok(()),
-            other => other,
-        })?;
         let references = self.references()?;
         if let Some((_, error)) = references.bad.into_iter().next() {
             return Err(error);
@@ -45,7 +77,16 @@ impl Store {
         let now = references.good.iter().map(|r| (r.name.to_string(), r.root)).collect();
         let mut new = references.good;
         new.retain(|reference| seen.get(reference.name.as_str()) != Some(&reference.root));
-        self.mark_all(&new, live, keep, |reference, live| self.mark_current(reference.clone(), live))?;
+        self.mark_all(Of::Names, &new, live, keep, |reference, live| {
+            self.mark_current(reference.clone(), live)
+        })?;
+        self.mark_all(Of::Announcements, &announced, live, keep, |reference, live| {
+            match self.mark_one(Of::Announcements, reference, live) {
+                // Its writer finds out as well.
+                Err(StoreError::Missing { .. }) => Ok(()),
+                other => other,
+            }
+        })?;
         Ok(now)
     }
 
@@ -53,6 +94,7 @@ impl Store {
     /// decides what that means.
     fn mark_all(
         &self,
+        of: Of,
         references: &[Reference],
         live: &mut Live,
         keep: &mut dyn FnMut() -> Result<()>,
@@ -73,13 +115,14 @@ impl Store {
             let mut maps = HashMap::new();
             for snapshot in &snapshots {
                 let root = snapshot.root();
-                live.ids.extend(root.packs.iter().map(|p| p.id.to_string()));
-                live.ids.insert(snapshot.reference().root.to_string());
+                let ids = &mut live.of(of).ids;
+                ids.extend(root.packs.iter().map(|p| p.id.to_string()));
+                ids.insert(snapshot.reference().root.to_string());
                 for (image, entry) in root.images.iter().enumerate() {
                     for (index, entry) in (0..).map(SectionIndex).zip(&entry.sections) {
                         let Some(entry) = entry else { continue };
                         let at = (root.packs[entry.at.pack as usize].id, entry.at.offset);
-                        if !live.maps.contains(&at) {
+                        if !live.knows_map(of, &at) {
                             maps.insert(at, (snapshot, image, index));
                         }
                     }
@@ -91,11 +134,12 @@ impl Store {
                     map.map(|map| map.iter().flat_map(|m| m.packs()).map(|p| p.id).collect::<Vec<_>>());
                 Ok((at, packs))
             };
+            let marked = live.of(of);
             self.side_by_side(maps.into_iter().collect(), read, |(at, packs)| {
                 match packs {
                     Some(packs) => {
-                        live.ids.extend(packs.iter().map(PackId::to_string));
-                        live.maps.insert(at);
+                        marked.ids.extend(packs.iter().map(PackId::to_string));
+                        marked.maps.insert(at);
                     }
                     None => missing = true,
                 }
@@ -112,7 +156,7 @@ impl Store {
     /// collected meanwhile.
     fn mark_current(&self, mut reference: Reference, live: &mut Live) -> Result<()> {
         loop {
-            let missing = match self.mark_one(&reference, live) {
+            let missing = match self.mark_one(Of::Names, &reference, live) {
                 Err(e @ StoreError::Missing { .. }) => e,
                 other => return other,
             };
@@ -124,7 +168,7 @@ impl Store {
         }
     }
 
-    fn mark_one(&self, reference: &Reference, live: &mut Live) -> Result<()> {
+    fn mark_one(&self, of: Of, reference: &Reference, live: &mut Live) -> Result<()> {
         let root = self.read_root(reference.root, Some(&reference.name))?;
         let snapshot = Snapshot::new(self.clone(), reference.clone(), root);
         let root = snapshot.root();
@@ -132,17 +176,19 @@ impl Store {
             for (index, entry) in (0..).zip(&entry.sections) {
                 let Some(entry) = entry else { continue };
                 let at = (root.packs[entry.at.pack as usize].id, entry.at.offset);
-                if live.maps.contains(&at) {
+                if live.knows_map(of, &at) {
                     continue;
                 }
+                let marked = live.of(of);
                 if let Some(section) = snapshot.section(image, SectionIndex(index))? {
-                    live.ids.extend(section.packs().iter().map(|p| p.id.to_string()));
+                    marked.ids.extend(section.packs().iter().map(|p| p.id.to_string()));
                 }
-                live.maps.insert(at);
+                marked.maps.insert(at);
             }
         }
-        live.ids.extend(root.packs.iter().map(|p| p.id.to_string()));
-        live.ids.insert(reference.root.to_string());
+        let ids = &mut live.of(of).ids;
+        ids.extend(root.packs.iter().map(|p| p.id.to_string()));
+        ids.insert(reference.root.to_string());
         Ok(())
     }
 }

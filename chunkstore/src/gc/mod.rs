@@ -9,7 +9,7 @@
 //! last (`import/commit.rs`, `announce.rs`). Either step 3 sees the announcement or the reference, or the writer sees
 //! the mark of step 2: no order of events loses a snapshot that was acknowledged. Only one collector may run at a time, which a lease object sees to.
 
-mod lease;
+pub(crate) mod lease;
 mod mark;
 
 use std::{
@@ -21,7 +21,7 @@ use bytes::Bytes;
 use dormouse_core::RootId;
 use serde::Serialize;
 
-use self::mark::Live;
+use self::{lease::Held, mark::Live};
 use crate::{
     backend::ObjectMeta,
     error::{Result, StoreError},
@@ -89,13 +89,14 @@ impl Store {
             return Ok(report);
         }
         if options.dry_run {
-            return self.collect(options, now_unix_ms(), &mut report, &mut || Ok(())).map(|()| report);
+            return self.collect(options, now_unix_ms(), &mut report, &mut Held(None)).map(|()| report);
         }
-        let mut lease = self.take_lease()?;
+        let lease = self.take_lease()?;
         let now = lease.now_unix_ms;
-        let done = self.collect(options, now, &mut report, &mut || lease.keep());
+        let mut held = Held(Some(lease));
+        let done = self.collect(options, now, &mut report, &mut held);
         // Whatever came of it, the next collector need not wait.
-        let released = lease.release();
+        let released = held.release();
         done?;
         released?;
         Ok(report)
@@ -106,13 +107,13 @@ impl Store {
         options: GcOptions,
         now: u64,
         report: &mut GcReport,
-        keep: &mut dyn FnMut() -> Result<()>,
+        held: &mut Held<'_>,
     ) -> Result<()> {
         let grace_ms = options.grace.as_millis() as u64;
         let old_enough = |modified: u64| grace_ms == 0 || modified.saturating_add(grace_ms) <= now;
-        self.expire(options.dry_run, report)?;
+        self.expire(now, options.dry_run, report)?;
         let mut live = Live::default();
-        let seen = self.mark(&HashMap::new(), now, &mut live, keep)?;
+        let seen = self.mark(&HashMap::new(), now, &mut live, &mut || held.keep())?;
 
         let mut objects: HashMap<String, ObjectMeta> = HashMap::new();
         for prefix in [self.keys.packs(), self.keys.roots()] {
@@ -128,7 +129,7 @@ impl Store {
 
         let (mut doomed, mut condemned) = (Vec::new(), Vec::new());
         for (id, meta) in &objects {
-            if live.ids.contains(id) {
+            if live.needs(id) {
                 report.live_objects += 1;
             } else if let Some(mark) = marks.get(id) {
                 if old_enough(mark.modified_unix_ms) {
@@ -151,11 +152,13 @@ impl Store {
         }
         let mut names = seen.clone();
         if !options.dry_run {
-            names.extend(self.mark(&seen, now, &mut live, keep)?);
+            names.extend(self.mark(&seen, now, &mut live, &mut || held.keep())?);
         }
+        // Had somebody taken over since the lease was taken, others would have acted on what is marked otherwise by now.
+        held.renew()?;
         self.collect_streams(&names, options.dry_run, report)?;
         // What was condemned just now and is needed after all is not to frighten writers until the next collection.
-        let rescued = doomed.iter().filter(|meta| live.ids.contains(last(&meta.key)));
+        let rescued = doomed.iter().filter(|meta| live.is_named(last(&meta.key)));
         let rescued: Vec<&ObjectMeta> =
             rescued.filter(|meta| !marks.contains_key(last(&meta.key))).copied().collect();
         if !options.dry_run {
@@ -163,21 +166,21 @@ impl Store {
             let unmark = |meta: &ObjectMeta| self.backend.delete(&self.keys.condemned(&meta.key));
             self.side_by_side(rescued, unmark, |()| Ok(()))?;
         }
-        doomed.retain(|meta| !live.ids.contains(last(&meta.key)));
+        doomed.retain(|meta| !live.needs(last(&meta.key)));
         report.deleted_objects += doomed.len() as u64;
         report.deleted_bytes += doomed.iter().map(|meta| meta.bytes).sum::<u64>();
         if options.dry_run {
             doomed.clear();
         }
-        let delete = |meta: &ObjectMeta| {
-            self.backend.delete(&meta.key)?;
-            self.backend.delete(&self.keys.condemned(&meta.key))
-        };
+        let mut deleted = Vec::new();
         for batch in doomed.chunks(DELETE_BATCH) {
             // Whoever took over meanwhile knows better what is needed.
-            keep()?;
+            held.renew()?;
+            let is_mine = held.watch();
+            let delete = |meta: &ObjectMeta| is_mine().and_then(|()| self.backend.delete(&meta.key));
             self.side_by_side(batch.to_vec(), delete, |()| Ok(()))?;
             batch.iter().for_each(|meta| drop(marks.remove(last(&meta.key))));
+            deleted.extend(batch.iter().map(|meta| self.keys.condemned(&meta.key)));
         }
         if !options.dry_run {
             let mut stale = self.announcements(now)?.1;
@@ -186,9 +189,7 @@ impl Store {
             self.backend.list(lease.rsplit_once('/').map_or("", |(folder, _)| folder), &mut |meta| {
                 stale.extend(Some(meta.key).filter(|key| *key != lease));
             })?;
-            for stale in stale {
-                self.backend.delete(&stale)?;
-            }
+            self.side_by_side(stale, |key| self.backend.delete(&key), |()| Ok(()))?;
         }
         // A writer that was silent for as long as the lease is taken for dead, and so is what it was writing.
         let before = now.saturating_sub(self.lease.as_millis() as u64);
@@ -197,15 +198,37 @@ impl Store {
             report.leftover_files += swept.files;
             report.leftover_bytes += swept.bytes;
         }
-        // Marks of what is needed again, or gone already.
+        // Marks of what is needed again, or was gone already: by who was stopped or died before it was done.
+        let (mut needless, mut gone) = (Vec::new(), Vec::new());
         for (id, mark) in marks {
-            let gone = !objects.contains_key(&id);
-            if live.ids.contains(&id) || gone {
-                report.rescued_objects += u64::from(!gone);
-                if !options.dry_run {
-                    self.backend.delete(&mark.key)?;
-                }
+            if live.is_named(&id) {
+                report.rescued_objects += u64::from(objects.contains_key(&id));
+                needless.push(mark.key);
+            } else if !objects.contains_key(&id) {
+                let is_old = mark.modified_unix_ms.saturating_add(self.stopped_ms()) <= now;
+                if is_old { needless.push(mark.key) } else { gone.push(mark.key) }
             }
+        }
+        if options.dry_run {
+            return Ok(());
+        }
+        if held.is_inherited() {
+            // A predecessor that goes on after all deletes what it had condemned. As long as the marks stand, nobody stores
+            // the same again under the same name and relies on it: they stand for a week from now.
+            gone.extend(deleted);
+            let stand = |key: String| match self.backend.get(&key, None)? {
+                Some(mark) => self.backend.put_again(&key, mark),
+                None => Ok(()),
+            };
+            self.side_by_side(gone, stand, |()| Ok(()))?;
+        } else {
+            needless.extend(deleted);
+        }
+        for batch in needless.chunks(DELETE_BATCH) {
+            held.renew()?;
+            let is_mine = held.watch();
+            let delete = |key: &String| is_mine().and_then(|()| self.backend.delete(key));
+            self.side_by_side(batch.iter().collect(), delete, |()| Ok(()))?;
         }
         Ok(())
     }
@@ -224,19 +247,17 @@ impl Store {
                 orphans.push(meta);
             }
         })?;
-        for orphan in orphans {
-            report.deleted_objects += 1;
-            report.deleted_bytes += orphan.bytes;
-            if !dry_run {
-                self.backend.delete(&orphan.key)?;
-            }
+        report.deleted_objects += orphans.len() as u64;
+        report.deleted_bytes += orphans.iter().map(|orphan| orphan.bytes).sum::<u64>();
+        if dry_run {
+            orphans.clear();
         }
-        Ok(())
+        self.side_by_side(orphans, |orphan| self.backend.delete(&orphan.key), |()| Ok(()))
     }
 
-    /// Removes references whose time has come.
-    fn expire(&self, dry_run: bool, report: &mut GcReport) -> Result<()> {
-        let now = now_unix_ms();
+    /// Removes references whose time has come, by the store's clock: one host whose clock is wrong is not to end what
+    /// others keep.
+    fn expire(&self, now: u64, dry_run: bool, report: &mut GcReport) -> Result<()> {
         for reference in self.references()?.good {
             if reference.expires_unix_ms == 0 || reference.expires_unix_ms > now {
                 continue;

@@ -1,7 +1,8 @@
 //! Reading and hashing: the parallel first stage of an import.
 //!
-//! Workers take blocks of 1 MiB in image order, skip what is a hole or not dirty, and hash every page that is not
-//! zero. Blocks arrive at the next stage out of order by at most the number of workers.
+//! Workers take blocks of 1 MiB in image order and hash every page that is not zero. What is not dirty is no block, and
+//! neither is a hole where there was nothing before: an image costs what it has data for, however large it is. Blocks
+//! arrive at the next stage out of order by at most the number of workers.
 
 use std::{
     fs::File,
@@ -12,7 +13,7 @@ use std::{
 };
 
 use crossbeam::channel::Receiver;
-use dormouse_core::{ChunkId, Domain, PAGE_BYTES, PageCount, page::is_zero};
+use dormouse_core::{ChunkId, Domain, PAGE_BYTES, PageCount, SECTION_PAGES, page::is_zero};
 use rustix::fs::SeekFrom;
 
 use super::{
@@ -68,21 +69,30 @@ impl ImageFile {
         }
     }
 
-    /// Fills `out` from byte `offset`; what is past the end stays zero. Whether there may be anything but zeros.
-    fn read(&self, offset: u64, out: &mut [u8]) -> Result<bool> {
-        let end = (offset + out.len() as u64).min(self.bytes);
-        let next = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+    /// Where there may be anything but zeros again, from byte `offset` on.
+    fn next_data(&self, offset: u64) -> u64 {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(next) => next,
-            Err(rustix::io::Errno::NXIO) => return Ok(false),
+            Err(rustix::io::Errno::NXIO) => u64::MAX,
             // Not every file system or device knows its holes.
             Err(_) => offset,
-        };
-        if next >= end {
-            return Ok(false);
         }
+    }
+
+    /// Fills `out` from byte `offset`; what is past the end stays zero.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let end = (offset + out.len() as u64).min(self.bytes);
         let wanted = &mut out[..(end - offset) as usize];
-        self.file.read_exact_at(wanted, offset).map_err(|e| StoreError::file("reading", &self.path, e))?;
-        Ok(true)
+        self.file.read_exact_at(wanted, offset).map_err(|e| StoreError::file("reading", &self.path, e))
+    }
+
+    /// The first page from `page` on that is to be looked at, where the sections in `was_zero` were zero before.
+    fn next_page(&self, mut page: u64, was_zero: &[bool]) -> u64 {
+        let data = self.next_data(page * PAGE_BYTES as u64) / PAGE_BYTES as u64;
+        while page < data && was_zero.get((page / SECTION_PAGES) as usize).is_some_and(|zero| *zero) {
+            page = data.min((page / SECTION_PAGES + 1) * SECTION_PAGES);
+        }
+        page
     }
 }
 
@@ -99,14 +109,16 @@ struct BlockPlan {
 #[derive(Debug)]
 pub(crate) struct BlockQueue<'a> {
     images: &'a [ImageFile],
+    /// Of each image, which sections were zero before.
+    was_zero: Vec<Vec<bool>>,
     next: Mutex<(u64, usize, u64)>,
     permits: Receiver<()>,
 }
 
 impl<'a> BlockQueue<'a> {
     /// Each block takes a permit, so that no more are waiting for an earlier one than there are permits.
-    pub(crate) fn new(images: &'a [ImageFile], permits: Receiver<()>) -> Self {
-        BlockQueue { images, next: Mutex::new((0, 0, 0)), permits }
+    pub(crate) fn new(images: &'a [ImageFile], was_zero: Vec<Vec<bool>>, permits: Receiver<()>) -> Self {
+        BlockQueue { images, was_zero, next: Mutex::new((0, 0, 0)), permits }
     }
 
     fn take(&self) -> Option<BlockPlan> {
@@ -115,7 +127,8 @@ impl<'a> BlockQueue<'a> {
         loop {
             let file = self.images.get(*image)?;
             let start = match &file.dirty {
-                None => *page,
+                None if *page >= file.pages() => *page,
+                None => file.next_page(*page, &self.was_zero[*image]) / BLOCK_PAGES * BLOCK_PAGES,
                 // Skip to the block with the next dirty page, so that clean blocks cost nothing.
                 Some(ranges) => {
                     let i = ranges.partition_point(|r| r.end <= *page);
@@ -158,19 +171,21 @@ impl<'a> BlockQueue<'a> {
         };
         let whole = [plan.pages.clone()];
         for range in plan.dirty.as_deref().unwrap_or(&whole) {
+            let (first, last) =
+                ((range.start - plan.pages.start) as usize, (range.end - plan.pages.start) as usize);
+            let offset = range.start * PAGE_BYTES as u64;
+            if file.next_data(offset) >= (range.end * PAGE_BYTES as u64).min(file.bytes) {
+                block.pages[first..last].fill(PageHash::Zero);
+                continue;
+            }
             if block.data.is_empty() {
                 block.data = vec![0; pages * PAGE_BYTES];
             }
-            let (first, last) =
-                ((range.start - plan.pages.start) as usize, (range.end - plan.pages.start) as usize);
             let bytes = &mut block.data[first * PAGE_BYTES..last * PAGE_BYTES];
-            let any = file.read(range.start * PAGE_BYTES as u64, bytes)?;
-            if any {
-                block.read_bytes += bytes.len() as u64;
-            }
+            file.read(offset, bytes)?;
+            block.read_bytes += bytes.len() as u64;
             for (page, hash) in bytes.chunks_exact(PAGE_BYTES).zip(&mut block.pages[first..last]) {
-                let zero = !any || is_zero(page);
-                *hash = if zero { PageHash::Zero } else { PageHash::Chunk(domain.chunk_id(page)) };
+                *hash = if is_zero(page) { PageHash::Zero } else { PageHash::Chunk(domain.chunk_id(page)) };
             }
         }
         Ok(block)

@@ -179,14 +179,17 @@ impl Store {
             marked.extend(meta.key.rsplit('/').next().map(str::to_owned));
         })?;
         let mut lost = HashSet::new();
-        for pack in needed {
+        let look = |pack: PackRef| {
             // A footer that this host has known for long says nothing of what became of its pack.
-            if marked.contains(&pack.id.to_string())
-                || self.backend.head(&self.keys.pack(pack.id))? != Some(pack.object_bytes())
-            {
-                lost.insert(pack.id);
-            }
-        }
+            let lost = marked.contains(&pack.id.to_string())
+                || self.backend.head(&self.keys.pack(pack.id))? != Some(pack.object_bytes());
+            Ok(lost.then_some(pack.id))
+        };
+        // While it is announced, time runs.
+        self.side_by_side(needed.into_iter().collect(), look, |id| {
+            lost.extend(id);
+            Ok(())
+        })?;
         let root_lost =
             marked.contains(&root.to_string()) || self.backend.head(&self.keys.root(root))?.is_none();
         if root_lost && lost.is_empty() {

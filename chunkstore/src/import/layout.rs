@@ -74,6 +74,11 @@ pub(crate) struct BaseImage<'a> {
 }
 
 impl BaseImage<'_> {
+    /// Whether all of a section is zero.
+    pub(crate) fn is_zero(&self, index: usize) -> bool {
+        self.snapshot.root().images[self.image].sections.get(index).copied().flatten().is_none()
+    }
+
     fn section(&self, index: usize) -> LaidOut {
         let root = self.snapshot.root();
         match root.images[self.image].sections.get(index).copied().flatten() {

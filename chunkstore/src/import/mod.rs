@@ -16,6 +16,7 @@ mod stragglers;
 use std::{collections::BTreeMap, num::NonZero, thread};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use dormouse_core::PageCount;
 
 pub(crate) use self::layout::MAP_LEVEL;
 pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs};
@@ -118,7 +119,11 @@ impl Store {
         let cores = thread::available_parallelism().map_or(2, NonZero::get);
         let failure = Failure::default();
         let (block_done, block_permits) = permits(AHEAD * cores);
-        let queue = BlockQueue::new(images, block_permits);
+        let was_zero = images.iter().zip(&bases).map(|(image, base)| {
+            let sections = 0..PageCount(image.pages()).sections() as usize;
+            sections.map(|i| base.as_ref().is_none_or(|base| base.is_zero(i))).collect()
+        });
+        let queue = BlockQueue::new(images, was_zero.collect(), block_permits);
         let laid_out = thread::scope(|scope| {
             let (block_out, blocks) = bounded(cores);
             let (raw_out, raw) = bounded(2 * cores);

@@ -20,6 +20,7 @@ use serde::Serialize;
 use self::moves::{Moves, Victim, rewrite};
 use crate::{
     error::{Result, StoreError},
+    gc::lease::Held,
     import::Packing,
     index::Index,
     meta_packs::MetaPacks,
@@ -95,12 +96,9 @@ impl Store {
         if !self.settle_known()? {
             return Ok(report);
         }
-        let mut lease = if options.dry_run { None } else { Some(self.take_lease()?) };
-        let done = self.repack_leased(options, progress, &mut report, &mut || match &mut lease {
-            Some(lease) => lease.keep(),
-            None => Ok(()),
-        });
-        let released = lease.map_or(Ok(()), |l| l.release());
+        let mut held = Held(if options.dry_run { None } else { Some(self.take_lease()?) });
+        let done = self.repack_leased(options, progress, &mut report, &mut held);
+        let released = held.release();
         done?;
         released?;
         Ok(report)
@@ -111,7 +109,7 @@ impl Store {
         options: RepackOptions,
         progress: &dyn Progress,
         report: &mut RepackReport,
-        renew: &mut dyn FnMut() -> Result<()>,
+        held: &mut Held<'_>,
     ) -> Result<()> {
         let references = self.references()?;
         if let Some((_, error)) = references.bad.into_iter().next() {
@@ -128,20 +126,21 @@ impl Store {
         })?;
         snapshots.sort_by_key(|s| (s.root().created_unix_ms, s.reference().name.clone()));
 
-        let victims = self.choose(&snapshots, options.max_bytes, report)?;
+        let victims = self.choose(&snapshots, options.max_bytes, held, report)?;
         if victims.is_empty() || options.dry_run {
             return Ok(());
         }
         let mut moves = self.order(&snapshots, &victims)?;
-        self.group_similar(&mut moves)?;
+        self.group_similar(&mut moves, &mut || held.keep())?;
         progress.begin((moves.order.len() * dormouse_core::PAGE_BYTES) as u64);
-        let places = self.move_pages(&victims, &moves, options.level, progress, renew, report)?;
-        renew()?;
+        let places =
+            self.move_pages(&victims, &moves, options.level, progress, &mut || held.keep(), report)?;
 
         let mut sections = HashMap::new();
         let mut meta = MetaPacks::new(self, Packing::dense());
         let mut moved = Vec::new();
         for snapshot in &snapshots {
+            held.keep()?;
             if uses(snapshot, &victims)? {
                 let moves = (&moves, &places[..]);
                 let root = self.move_maps(snapshot, moves, &victims, &mut sections, &mut meta, options)?;
@@ -152,8 +151,7 @@ impl Store {
         report.new_bytes += meta.bytes;
         for (snapshot, root) in moved {
             let Some(root) = root.finish(snapshot.root(), &meta)? else { continue };
-            renew()?;
-            match self.point_to(snapshot.reference(), &root)? {
+            match self.point_to(snapshot.reference(), &root, held)? {
                 Some(root_bytes) => {
                     report.moved_snapshots += 1;
                     report.new_bytes += root_bytes;
@@ -171,10 +169,12 @@ impl Store {
         &self,
         snapshots: &[Snapshot],
         max_bytes: Option<u64>,
+        held: &mut Held<'_>,
         report: &mut RepackReport,
     ) -> Result<HashMap<PackId, Victim>> {
         let mut live: HashMap<PackId, (usize, PackRef, LiveFrames)> = HashMap::new();
         for snapshot in snapshots {
+            held.keep()?;
             snapshot.load_sections()?;
             each_extent(snapshot, |pack, frame, slot, pages| {
                 let first_seen = live.len();
@@ -281,7 +281,10 @@ impl Store {
     }
 
     /// Moves a reference to a root of the same snapshot; the root's bytes, or `None` if somebody else moved it meanwhile.
-    pub(crate) fn point_to(&self, old: &Reference, root: &Root) -> Result<Option<u64>> {
+    ///
+    /// What is new was needed by nobody so far. That nobody collected it is sure as long as the lease was never lost; for
+    /// who takes it over from now on, since this process may be stopped right here, it is announced before that is asked.
+    pub(crate) fn point_to(&self, old: &Reference, root: &Root, held: &mut Held<'_>) -> Result<Option<u64>> {
         if root.snapshot_id(&self.domain) != old.snapshot {
             return Err(StoreError::Bug("a snapshot's identity would change"));
         }
@@ -295,14 +298,23 @@ impl Store {
             written_unix_ms: now_unix_ms(),
             ..old.clone()
         };
-        let (current, version) = self.reference(&old.name)?;
-        if current.as_ref() != Some(old) {
-            return Ok(None);
+        let announced = self.announce(&new)?;
+        let moved = held.renew().and_then(|()| {
+            let (current, version) = self.reference(&old.name)?;
+            if current.as_ref() != Some(old) {
+                return Ok(None);
+            }
+            announced.check_time()?;
+            match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
+                Err(StoreError::Conflict { .. }) => Ok(None),
+                moved => moved.map(|()| Some(u64::from(root_bytes))),
+            }
+        });
+        // It may move yet, if the request is still on its way: the announcement stays until it is too old.
+        if !matches!(moved, Err(StoreError::Unavailable { .. })) {
+            announced.withdraw();
         }
-        match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
-            Err(StoreError::Conflict { .. }) => Ok(None),
-            moved => moved.map(|()| Some(u64::from(root_bytes))),
-        }
+        moved
     }
 }
 

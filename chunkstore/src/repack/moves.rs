@@ -50,9 +50,14 @@ pub(super) struct Moves {
 
 impl Store {
     /// Puts similar pages next to each other.
-    pub(super) fn group_similar(&self, moves: &mut Moves) -> Result<()> {
+    pub(super) fn group_similar(
+        &self,
+        moves: &mut Moves,
+        keep: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         let mut signatures = Vec::with_capacity(moves.order.len());
         for (pack, frame, slot) in &moves.order {
+            keep()?;
             let decoded = self.frames.get((pack.id, frame.offset), || self.read_frame(pack.id, frame))?;
             let page = decoded.pages(*slot, 1);
             signatures
@@ -73,7 +78,7 @@ impl Store {
         moves: &Moves,
         level: i32,
         progress: &dyn Progress,
-        renew: &mut dyn FnMut() -> Result<()>,
+        keep: &mut dyn FnMut() -> Result<()>,
         report: &mut RepackReport,
     ) -> Result<Vec<PagePlace>> {
         let cores = thread::available_parallelism().map_or(2, std::num::NonZero::get);
@@ -93,7 +98,7 @@ impl Store {
             scope.spawn(move || fill_packs(domain, Packing::dense(), &frames, frame_done, &pack_out));
             scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
             for (sequence, pages) in moves.order.chunks(FRAME_PAGES_MAX).enumerate() {
-                renew()?;
+                keep()?;
                 let (raw, chunks) = self.gather_pages(victims, pages)?;
                 progress.advance(raw.len() as u64);
                 if raw_out.send(RawJob::Frame { sequence: sequence as u32, raw, chunks }).is_err() {

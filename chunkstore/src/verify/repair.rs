@@ -14,7 +14,9 @@ use dormouse_core::Name;
 use serde::Serialize;
 
 use super::{Damage, Examination, VerifyDepth, VerifyReport, lost::Source, reason, work::Work};
-use crate::{error::Result, index::Index, progress::Progress, snapshot::Snapshot, store::Store};
+use crate::{
+    error::Result, gc::lease::Held, index::Index, progress::Progress, snapshot::Snapshot, store::Store,
+};
 
 /// Where to look, beside the store and this host's caches.
 #[derive(Clone, Debug, Default)]
@@ -76,9 +78,9 @@ impl Store {
             report.left = self.verify(name, VerifyDepth::Content, progress)?;
             return Ok(report);
         }
-        let mut lease = self.take_lease()?;
-        let done = self.repair_leased(name, options, progress, &mut report, &mut || lease.renew());
-        let released = lease.release();
+        let mut held = Held(Some(self.take_lease()?));
+        let done = self.repair_leased(name, options, progress, &mut report, &mut held);
+        let released = held.release();
         done?;
         released?;
         Ok(report)
@@ -90,14 +92,14 @@ impl Store {
         options: &RepairOptions,
         progress: &dyn Progress,
         report: &mut RepairReport,
-        renew: &mut dyn FnMut() -> Result<()>,
+        held: &mut Held<'_>,
     ) -> Result<()> {
         self.restore_roots(name, report)?;
-        let mut found = self.examine(name, VerifyDepth::Content, progress)?;
+        let mut found = self.examine(name, VerifyDepth::Content, progress, &mut || held.keep())?;
         let mut damages = None;
         // A page map that was had back shows which pages it needs: they are next.
-        while self.repair_round(&found, options, report, renew)? {
-            let now = self.examine(name, VerifyDepth::Content, progress)?;
+        while self.repair_round(&found, options, report, held)? {
+            let now = self.examine(name, VerifyDepth::Content, progress, &mut || held.keep())?;
             damages.get_or_insert(std::mem::replace(&mut found, now).finish().damages);
         }
         report.left = found.finish();
@@ -142,7 +144,7 @@ impl Store {
         found: &Examination,
         options: &RepairOptions,
         report: &mut RepairReport,
-        renew: &mut dyn FnMut() -> Result<()>,
+        held: &mut Held<'_>,
     ) -> Result<bool> {
         let bad = found.bad_packs();
         let mut work = Work::new(self, &bad);
@@ -170,8 +172,7 @@ impl Store {
         let mut moved = false;
         for (snapshot, root) in roots {
             let Some(root) = root.finish(snapshot.root(), &work.meta)? else { continue };
-            renew()?;
-            match self.point_to(snapshot.reference(), &root)? {
+            match self.point_to(snapshot.reference(), &root, held)? {
                 Some(root_bytes) => {
                     moved = true;
                     report.moved_snapshots += 1;
