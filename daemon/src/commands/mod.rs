@@ -22,6 +22,7 @@ pub(crate) mod standby;
 pub(crate) mod stream;
 pub(crate) mod tier;
 pub(crate) mod train;
+pub(crate) mod unfinished;
 pub(crate) mod verify;
 pub(crate) mod vms;
 

@@ -3,9 +3,12 @@
 //! every pass over all of it, and `X` for a wrong page.
 #![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
+mod collector;
 mod failures;
 mod generations;
+mod held_store;
 mod huge_pages;
+mod interrupted;
 mod jail;
 mod scene;
 mod serve_api;
@@ -16,4 +19,5 @@ mod served;
 mod slow_s3;
 mod slow_store;
 mod survival;
+mod traces;
 mod working_set;

@@ -19,6 +19,8 @@ pub mod process;
 pub mod regions;
 pub mod session;
 pub mod tracking;
+pub mod under_way;
+pub mod vcpus;
 pub mod vmm_process;
 mod watch;
 

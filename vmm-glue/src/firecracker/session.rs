@@ -1,5 +1,6 @@
 //! One VM served: from its handshake until its process is gone.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
@@ -9,8 +10,8 @@ use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
     CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageByPage, PageSize, PageSource,
-    Plan, PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle, Retry, TimelineReport,
-    UffdError, VmStopped, WORKING_SET_PAGES_MAX,
+    Plan, PlanError, Policy, Recording, RegionSpec, Restore, RestoreError, RestoreHandle, Retry,
+    TimelineReport, UffdError, VmStopped, WORKING_SET_PAGES_MAX,
 };
 
 use super::handshake::{Handshake, Peer};
@@ -153,6 +154,34 @@ pub struct SessionReport {
 pub(super) enum From {
     Source(Arc<dyn PageSource>),
     Opened(Box<Opened>, Option<Tracking>),
+    /// As another process did, which noted what it saw.
+    Another(Box<Opened>, Option<Tracking>),
+}
+
+/// What another process recorded of a VM's first touches, and how much may be added.
+struct Earlier {
+    record: Record,
+    opened: Box<Opened>,
+    tracking: Tracking,
+    window: Duration,
+    pages: u64,
+    /// What was installed by then, if only the stream and faults did that.
+    installed: Vec<Range<u64>>,
+}
+
+impl Earlier {
+    /// What is noted of `process`, if that is of the snapshot it is served from.
+    fn of(process: &VmmProcess, opened: Box<Opened>, tracking: Option<Tracking>) -> Option<Self> {
+        let tracking = tracking?;
+        let record = tracking.session_of(process)?;
+        let same = record.snapshot == opened.snapshot().reference().snapshot.to_string();
+        let (window, pages) = record.left();
+        same.then_some(Earlier { record, opened, tracking, window, pages, installed: Vec::new() })
+    }
+
+    fn is_over(&self) -> bool {
+        self.window.is_zero() || self.pages == 0
+    }
 }
 
 impl Session {
@@ -212,8 +241,14 @@ impl Session {
         let huge = regions.iter().any(|r| r.page_size == regions::PageSize::Huge);
         let page_size = if huge { PageSize::Huge } else { PageSize::Small };
         let record = !options.record_window.is_zero();
+        let mut earlier = None;
         let (mut source, waking) = match from {
             From::Source(source) => (source, None),
+            From::Another(opened, tracking) => {
+                let source = opened.image();
+                earlier = Earlier::of(&process, opened, tracking);
+                (source, None)
+            }
             From::Opened(opened, tracking) => {
                 check_size(&*opened.image(), &regions)?;
                 let stream = options.prefetch && !options.page_by_page;
@@ -232,11 +267,22 @@ impl Session {
         let kept = keeping.states(&plan, &memory, &regions, &process, options)?;
         let killed = Arc::new(Mutex::new(None));
         let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
+        if let (Some(earlier), Some((states, _))) = (&mut earlier, &kept)
+            && earlier.record.unfilled
+        {
+            earlier.installed = states.installed(&plan);
+        }
+        let (record_pages, record_window) = match (&earlier, &kept) {
+            (Some(earlier), _) => (earlier.pages, earlier.window),
+            // Without the first of them the others say little.
+            (None, Some((_, kept))) if !kept.is_new => (0, Duration::ZERO),
+            _ => (WORKING_SET_PAGES_MAX, options.record_window),
+        };
         let policy = Policy {
             retry: options.retry,
             fail_closed,
-            record_pages: WORKING_SET_PAGES_MAX as usize,
-            record_window: options.record_window,
+            record_pages: record_pages as usize,
+            record_window,
             ..Policy::default()
         };
         let (handle, kept) = match kept {
@@ -266,9 +312,16 @@ impl Session {
                 watch = Some(watched.start()?);
             }
         }
+        let mut fill_later = false;
+        if let Some(earlier) = earlier {
+            // Filled already, or about to be: then there is nothing to be seen any more.
+            fill_later = prefetch && earlier.record.unfilled && !earlier.is_over();
+            let unfilled = earlier.record.unfilled && (fill_later || !prefetch);
+            watch = Some(go_on_recording(earlier, page_size, (unfilled, fill_later), &handle, &process)?);
+        }
         match streaming {
             Some(streaming) if prefetch && !record => fill_behind(streaming, Arc::downgrade(&handle))?,
-            None if prefetch => handle.fill_all(),
+            None if prefetch && !fill_later => handle.fill_all(),
             _ => {}
         }
         Ok(Self { handle, process, killed, image_bytes, kept, watch })
@@ -338,6 +391,29 @@ fn alone(mut handle: Arc<RestoreHandle>) -> RestoreHandle {
         };
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Records the rest of what a VM touches first. What happened between the last note and now nobody has seen, so that the
+/// record is not complete.
+fn go_on_recording(
+    earlier: Earlier,
+    page_size: PageSize,
+    (unfilled, fill_after): (bool, bool),
+    handle: &Arc<RestoreHandle>,
+    process: &Arc<VmmProcess>,
+) -> Result<Watching, RestoreError> {
+    if earlier.is_over() {
+        return Ok(Watching::over(earlier.record, process, &earlier.tracking));
+    }
+    let Earlier { record, opened, tracking, window, installed, .. } = earlier;
+    let recording = Recording::new(opened.image(), page_size).after(record.session, &installed);
+    Watch::new(*opened, recording, window, handle.clone(), process.clone())
+        .begun_before(Duration::from_millis(record.recorded_ms))
+        .complete(false)
+        .unfilled(unfilled)
+        .fill_after(fill_after)
+        .track(Some(tracking))
+        .start()
 }
 
 /// Installs the rest once the stream is in place.
