@@ -93,7 +93,8 @@ impl Traces {
         // Of our own only: an exporter that tells of itself would never come to an end.
         let ours = Targets::new().with_target(SERVICE, LevelFilter::INFO);
         let layer = tracing_opentelemetry::layer().with_tracer(tracer);
-        let layer = layer.with_location(false).with_threads(false).with_tracked_inactivity(false);
+        let layer =
+            layer.with_location(false).with_target(false).with_threads(false).with_tracked_inactivity(false);
         Some(layer.with_context_activation(false).with_filter(ours))
     }
 

@@ -120,13 +120,12 @@ impl Shared {
             "PUT" => {
                 let mut hold = self.one_at_a_time();
                 let of_reference = key.contains("refs/");
-                if of_reference && *hold == Hold::BeforeItIsDone {
-                    *hold = Hold::Nothing;
-                    return self.never();
-                }
-                let status = put(&file, &request);
-                if of_reference && *hold == Hold::BeforeItIsAnswered {
-                    *hold = Hold::Nothing;
+                let held =
+                    if of_reference { std::mem::replace(&mut *hold, Hold::Nothing) } else { Hold::Nothing };
+                let status = if held == Hold::BeforeItIsDone { "" } else { put(&file, &request) };
+                // Others go on.
+                drop(hold);
+                if held != Hold::Nothing {
                     return self.never();
                 }
                 (status, format!("ETag: {}\r\n", etag(&request.body)), Vec::new())

@@ -1,23 +1,21 @@
 //! One VM served: from its handshake until its process is gone.
 
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
-use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
     CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageByPage, PageSize, PageSource,
-    Plan, PlanError, Policy, Recording, RegionSpec, Restore, RestoreError, RestoreHandle, Retry,
-    TimelineReport, UffdError, VmStopped, WORKING_SET_PAGES_MAX,
+    PlanError, Policy, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
+    WORKING_SET_PAGES_MAX,
 };
 
+use super::earlier::{Earlier, go_on_recording};
 use super::handshake::{Handshake, Peer};
 use super::kept_session::{Keeping, Kept};
-use super::patient::Patient;
 use super::regions::{self, Region};
+use super::shown::{announced, check_size, plan};
 use super::tracking::Tracking;
 use super::vmm_process::{VmmProcess, VmmProcessError};
 use super::watch::{Measured, Watch, Watching};
@@ -156,32 +154,6 @@ pub(super) enum From {
     Opened(Box<Opened>, Option<Tracking>),
     /// As another process did, which noted what it saw.
     Another(Box<Opened>, Option<Tracking>),
-}
-
-/// What another process recorded of a VM's first touches, and how much may be added.
-struct Earlier {
-    record: Record,
-    opened: Box<Opened>,
-    tracking: Tracking,
-    window: Duration,
-    pages: u64,
-    /// What was installed by then, if only the stream and faults did that.
-    installed: Vec<Range<u64>>,
-}
-
-impl Earlier {
-    /// What is noted of `process`, if that is of the snapshot it is served from.
-    fn of(process: &VmmProcess, opened: Box<Opened>, tracking: Option<Tracking>) -> Option<Self> {
-        let tracking = tracking?;
-        let record = tracking.session_of(process)?;
-        let same = record.snapshot == opened.snapshot().reference().snapshot.to_string();
-        let (window, pages) = record.left();
-        same.then_some(Earlier { record, opened, tracking, window, pages, installed: Vec::new() })
-    }
-
-    fn is_over(&self) -> bool {
-        self.window.is_zero() || self.pages == 0
-    }
 }
 
 impl Session {
@@ -393,29 +365,6 @@ fn alone(mut handle: Arc<RestoreHandle>) -> RestoreHandle {
     }
 }
 
-/// Records the rest of what a VM touches first. What happened between the last note and now nobody has seen, so that the
-/// record is not complete.
-fn go_on_recording(
-    earlier: Earlier,
-    page_size: PageSize,
-    (unfilled, fill_after): (bool, bool),
-    handle: &Arc<RestoreHandle>,
-    process: &Arc<VmmProcess>,
-) -> Result<Watching, RestoreError> {
-    if earlier.is_over() {
-        return Ok(Watching::over(earlier.record, process, &earlier.tracking));
-    }
-    let Earlier { record, opened, tracking, window, installed, .. } = earlier;
-    let recording = Recording::new(opened.image(), page_size).after(record.session, &installed);
-    Watch::new(*opened, recording, window, handle.clone(), process.clone())
-        .begun_before(Duration::from_millis(record.recorded_ms))
-        .complete(false)
-        .unfilled(unfilled)
-        .fill_after(fill_after)
-        .track(Some(tracking))
-        .start()
-}
-
 /// Installs the rest once the stream is in place.
 fn fill_behind(streaming: JoinHandle<()>, handle: Weak<RestoreHandle>) -> Result<(), RestoreError> {
     let run = move || {
@@ -426,16 +375,6 @@ fn fill_behind(streaming: JoinHandle<()>, handle: Weak<RestoreHandle>) -> Result
         }
     };
     Builder::new().name("dm-fill-behind".into()).spawn(run).map(drop).map_err(RestoreError::Start)
-}
-
-fn check_size(source: &dyn PageSource, regions: &[Region]) -> Result<(), SessionError> {
-    let image_bytes = source.page_count().0 * PAGE_BYTES as u64;
-    let given_bytes = regions.iter().map(|r| r.bytes).fold(0, u64::saturating_add);
-    if given_bytes == image_bytes {
-        Ok(())
-    } else {
-        Err(SessionError::WrongSize { given_bytes, image_bytes })
-    }
 }
 
 /// A [`Session::detach`] that could not be done; the VM is served as before.
@@ -472,30 +411,6 @@ impl Session {
                 Err(Box::new(StillServed { session, error }))
             }
         }
-    }
-}
-
-/// The plan for `regions`, which must show the whole image.
-fn plan(source: Arc<dyn PageSource>, regions: &[Region]) -> Result<Plan, SessionError> {
-    check_size(&*source, regions)?;
-    let spec = |r: &Region| RegionSpec {
-        image_first: PageIndex(r.offset / PAGE_BYTES as u64),
-        pages: PageCount(r.bytes / PAGE_BYTES as u64),
-        page_size: page_size(r.page_size),
-    };
-    Ok(Plan::new(Arc::new(Patient(source)), &regions.iter().map(spec).collect::<Vec<_>>())?)
-}
-
-fn announced(regions: &[Region]) -> Vec<AnnouncedRegion> {
-    let announce =
-        |r: &Region| AnnouncedRegion { address: r.host, bytes: r.bytes, page_size: page_size(r.page_size) };
-    regions.iter().map(announce).collect()
-}
-
-fn page_size(size: regions::PageSize) -> PageSize {
-    match size {
-        regions::PageSize::Small => PageSize::Small,
-        regions::PageSize::Huge => PageSize::Huge,
     }
 }
 
