@@ -6,7 +6,6 @@ mod common;
 
 use std::sync::Arc;
 
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 use common::{Rng, TestImage, own, skip, uffd_or_skip, verify};
