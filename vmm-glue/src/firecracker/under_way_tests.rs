@@ -32,14 +32,14 @@ fn a_standby_is_left_behind_only_once_nobody_does_it() {
     assert!(tracking.standby_left(process).is_none());
     let busy = tracking.begin_standby(process, &note("two")).expect_err("under way");
     assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
-    under_way.note(&note("still one")).expect("noted");
+    under_way.note(&note("still-one")).expect("noted");
     assert!(tracking.standby_left(process).is_none() && tracking.all_standbys_left().is_empty());
     assert!(under_way.is_of(process, tracking));
 
     // As a process that is killed leaves it.
     drop(under_way);
     let (taken, left) = tracking.standby_left(process).expect("left behind");
-    assert_eq!(left.name, "still one");
+    assert_eq!(left.name, "still-one");
     assert!(tracking.standby_left(process).is_none(), "one finishes it");
     drop(taken);
     let mut all = tracking.all_standbys_left();
