@@ -8,6 +8,7 @@
 //! | `client` | asking the daemon |
 //! | `context` | what the global options mean: the store, the key, the caches |
 //! | `key` | where the key of an encrypted domain comes from |
+//! | `logging`, `traces` | the log, and spans for OpenTelemetry |
 //! | `output`, `table`, `human` | one JSON document, or text for people |
 //! | `progress` | bars on a terminal |
 //! | `failure` | what went wrong, its kind and exit code |
@@ -20,10 +21,12 @@ mod context;
 mod failure;
 mod human;
 mod key;
+mod logging;
 mod output;
 mod progress;
 mod serve;
 mod table;
+mod traces;
 
 fn main() -> std::process::ExitCode {
     cli::main()

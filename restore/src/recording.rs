@@ -49,13 +49,14 @@ pub struct Recording {
     seed: u32,
     page_size: PageSize,
     page_by_page: bool,
+    earlier: Option<SessionRecord>,
 }
 
 impl Recording {
     /// The record of a machine that wakes from `image` without a stream.
     pub fn new(image: Arc<dyn PageSource>, page_size: PageSize) -> Self {
         let (list, set, held) = (Vec::new(), PageSet::default(), HeldOut::NONE);
-        Recording { image, list, set, held, seed: 0, page_size, page_by_page: false }
+        Recording { image, list, set, held, seed: 0, page_size, page_by_page: false, earlier: None }
     }
 
     /// The machine's pages come one by one, from [`PageByPage`].
@@ -75,44 +76,70 @@ impl Recording {
         self
     }
 
+    /// The machine has been awake before, in the hands of another process that saw `earlier`: this is the rest of it.
+    /// Pages that were `installed` by then, and that neither its stream nor its faults account for, were brought by faults
+    /// that it did not come to tell of; so nothing may have been filled in the background.
+    pub fn after(mut self, mut earlier: SessionRecord, installed: &[Range<u64>]) -> Self {
+        self.list = runs(&earlier.streamed);
+        self.list.iter().for_each(|run| drop(self.set.insert(run.clone())));
+        let mut known = self.set.clone();
+        runs(&earlier.missed).into_iter().for_each(|run| drop(known.insert(run)));
+        let untold = installed.iter().flat_map(|run| known.insert(run.clone()));
+        earlier.missed.extend(untold.map(|run| (run.start, run.end - run.start)));
+        Recording { earlier: Some(earlier), ..self }
+    }
+
     /// What was seen so far.
     ///
     /// # Errors
     /// The store's, should a page map have to be read anew.
     pub fn so_far(&self, handle: &RestoreHandle) -> Result<SessionRecord, SourceError> {
         let recorded = handle.record();
-        let mut record = SessionRecord {
-            streamed: self.list.iter().map(|r| (r.start, r.end - r.start)).collect(),
-            seed: self.seed,
-            dropped: recorded.dropped,
-            ..Default::default()
-        };
-        record.coverage.set_pages = self.set.pages();
-        record.coverage.one_in = self.held.one_in();
+        let mut record = self.earlier.clone().unwrap_or_else(|| self.begun());
+        record.dropped = record.dropped.saturating_add(recorded.dropped);
         let (mut missed, mut touched) = (PageSet::default(), PageSet::default());
+        runs(&record.missed).into_iter().for_each(|run| drop(missed.insert(run)));
         for page in recorded.pages {
             touched.insert(page.0..page.0 + 1);
             if self.set.contains(page.0) {
                 continue;
             }
-            record.coverage.missed += 1;
+            record.coverage.missed = record.coverage.missed.saturating_add(1);
             for run in self.brought_by(page)? {
                 let new = missed.insert(run);
                 record.missed.extend(new.into_iter().map(|part| (part.start, part.end - part.start)));
             }
         }
-        let held = self.list.iter().cloned().flatten().filter(|p| self.held.holds(PageIndex(*p)));
+        // Of those that the earlier process held out, the ones that nobody had touched by then.
+        let held: Vec<u64> = match &self.earlier {
+            Some(earlier) => earlier.unneeded.clone(),
+            None => self.list.iter().cloned().flatten().filter(|p| self.held.holds(PageIndex(*p))).collect(),
+        };
+        record.unneeded.clear();
+        record.coverage.sampled_untouched = 0;
         for page in held {
             if touched.contains(page) {
-                record.coverage.sampled_touched += 1;
+                record.coverage.sampled_touched = record.coverage.sampled_touched.saturating_add(1);
             } else if handle.page_state(PageIndex(page)) == Some(PageState::Absent) {
                 record.coverage.sampled_untouched += 1;
                 record.unneeded.push(page);
             } else {
-                record.coverage.sampled_lost += 1;
+                record.coverage.sampled_lost = record.coverage.sampled_lost.saturating_add(1);
             }
         }
         Ok(record)
+    }
+
+    /// The record of a machine that has touched nothing yet.
+    fn begun(&self) -> SessionRecord {
+        let mut record = SessionRecord {
+            streamed: self.list.iter().map(|r| (r.start, r.end - r.start)).collect(),
+            seed: self.seed,
+            ..Default::default()
+        };
+        record.coverage.set_pages = self.set.pages();
+        record.coverage.one_in = self.held.one_in();
+        record
     }
 
     /// What came with a fault on `page`, now or a little later, and then did not fault: its run first.
@@ -131,6 +158,11 @@ impl Recording {
         let others = self.image.runs_of(frame).unwrap_or_default();
         Ok(std::iter::once(run).chain(others.iter().map(|e| e.first.0..e.end())).collect())
     }
+}
+
+/// Runs from a file may be any numbers.
+fn runs(runs: &[Run]) -> Vec<Range<u64>> {
+    runs.iter().map(|(first, pages)| *first..first.saturating_add(*pages)).collect()
 }
 
 impl std::fmt::Debug for Recording {

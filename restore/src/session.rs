@@ -56,7 +56,8 @@ impl Restore {
     /// Goes on where a process that is gone has left off, with the userfaultfd and the [`KeptStates::open`]ed page
     /// states it left. Every vCPU whose fault that process had read, and not answered, faults again.
     ///
-    /// Pages touched first are not recorded: the first of them are gone with that process.
+    /// Pages touched from here on are recorded as `policy` says; those touched before were that process's to record
+    /// ([`Recording::after`](crate::Recording::after)).
     pub fn adopt(
         plan: Plan,
         memory: Memory,
@@ -66,7 +67,6 @@ impl Restore {
         let installer =
             |memory, counters| -> Box<dyn Installer> { Box::new(UffdCopy::new(memory, counters)) };
         let removed = states.removed();
-        let policy = Policy { record_pages: 0, ..policy };
         let core = Self::prepare(plan, memory, policy, installer, Some(states))?;
         for (start, end) in removed {
             core.remove(start, end, &mut Vec::new());

@@ -5,14 +5,17 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::stored::{PAGES, snapshot};
 use common::{Rng, TestImage, own, skip, uffd_or_skip, verify};
 use dormouse_core::ImageKind;
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
+use dormouse_restore::state::PageState;
+use dormouse_restore::sys::shared_file::SharedFile;
 use dormouse_restore::{
-    Extent, FirstPages, FirstPagesSource, HeldOut, Mapping, Memory, PageRun, PageSize, PageSource, Plan,
-    Policy, Recording, RegionSpec, Restore, StoredImage, VmStopped,
+    Extent, FirstPages, FirstPagesSource, HeldOut, KeptStates, Mapping, Memory, PageRun, PageSize,
+    PageSource, Plan, Policy, Recording, RegionSpec, Restore, StoredImage, VmStopped,
 };
 
 const NR: &str = "/proc/sys/vm/nr_hugepages";
@@ -22,8 +25,8 @@ fn number(path: &str) -> u64 {
     std::fs::read_to_string(path).ok().and_then(|s| s.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Puts back the number of huge pages.
-struct Reserved(u64);
+/// Puts back the number of huge pages. They are one pool: whoever else wants some waits.
+struct Reserved(u64, #[expect(dead_code, reason = "locked until dropped")] std::fs::File);
 
 impl Drop for Reserved {
     fn drop(&mut self) {
@@ -32,9 +35,11 @@ impl Drop for Reserved {
 }
 
 fn reserve(pages: u64) -> Option<Reserved> {
+    let pool = std::fs::File::open(NR).ok()?;
+    pool.lock().ok()?;
     let (before, free) = (number(NR), number(FREE));
     let _ = std::fs::write(NR, (before + pages.saturating_sub(free)).to_string());
-    let reserved = Reserved(before);
+    let reserved = Reserved(before, pool);
     if number(FREE) < pages {
         eprintln!("SKIPPED: {pages} huge pages needed, {} free; as root: echo {pages} > {NR}", number(FREE));
         return None;
@@ -42,7 +47,6 @@ fn reserve(pages: u64) -> Option<Reserved> {
     Some(reserved)
 }
 
-// One test, as huge pages are one pool.
 #[test]
 fn huge_pages_are_installed_whole() {
     let Some(uffd) = uffd_or_skip() else { return };
@@ -119,4 +123,52 @@ fn a_stream_is_put_together_into_whole_pages() {
         assert_eq!((seen.coverage.set_pages, seen.coverage.missed), (1536, 1), "{seen:?}");
         handle.stop(VmStopped::attest());
     }
+}
+
+/// Pages of 4 KiB in one of 2 MiB.
+const HUGE: u64 = 512;
+
+#[test]
+fn huge_pages_left_in_every_state_are_right_for_the_next() {
+    const IMAGE: [u8; 32] = [5; 32];
+    const SOON: Duration = Duration::from_secs(10);
+    let Some(uffd) = uffd_or_skip() else { return };
+    let Some(_reserved) = reserve(8) else { return };
+    let Ok(_) = Mapping::new(512, PageSize::Huge) else { return skip("no huge pages").unwrap_or(()) };
+    let image = Arc::new(TestImage::of(TestImage::mixed(HUGE * 8, 6).extents));
+    let (plan, memory, mapping) = own(&image, PageSize::Huge, uffd.clone());
+    let states = KeptStates::create(&plan, &memory, IMAGE).unwrap();
+    let kept = states.as_fd().try_clone_to_owned().unwrap();
+    let handle = Restore::start_kept(plan.clone(), memory, states, Policy::default()).unwrap();
+    let verify_all = |pages: std::ops::Range<u64>| pages.for_each(|p| verify(&image, &mapping, p));
+    // The first two come; the third is given back before, the second after it came.
+    verify_all(0..HUGE * 2);
+    mapping.discard(HUGE, HUGE * 2).unwrap();
+    while handle.page_state(PageIndex(HUGE * 2)) != Some(PageState::Removed) {
+        std::thread::yield_now();
+    }
+    handle.stop(VmStopped::attest());
+    // Killed after the copy of the first, before that of the fourth, and on the way to the fifth.
+    let file = SharedFile::open(kept.try_clone().unwrap(), SOON).unwrap();
+    let state = |page: u64, state| file.write(8192 + page, &[state as u8]);
+    assert!(state(0, PageState::Copying) && state(3, PageState::Copying) && state(4, PageState::Awaited));
+    drop(file);
+
+    let memory = Memory::own(uffd, std::slice::from_ref(&mapping)).unwrap();
+    let states = KeptStates::open(kept, &plan, &memory, IMAGE, SOON).unwrap();
+    let handle = Restore::adopt(plan, memory, states, Policy::default()).unwrap();
+    for page in HUGE..HUGE * 3 {
+        assert_eq!(mapping.load(page as usize * 4096), Some(0), "page {page} was given back");
+    }
+    verify_all(0..HUGE);
+    verify_all(HUGE * 3..HUGE * 8);
+    handle.fill_all();
+    handle.wait_filled().unwrap();
+    let counts = handle.detach().unwrap();
+    assert_eq!(
+        counts.pages_copied + counts.zero_pages,
+        5 + 2,
+        "what was there is not copied again: {counts:?}"
+    );
+    assert_eq!(counts.exists, 1, "one copy had happened: {counts:?}");
 }

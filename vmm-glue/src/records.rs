@@ -14,7 +14,7 @@ use std::{
 
 use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::SnapshotId;
-use dormouse_restore::SessionRecord;
+use dormouse_restore::{SessionRecord, WORKING_SET_PAGES_MAX};
 use serde::{Deserialize, Serialize};
 
 /// Raise it whenever the meaning changes: records of other versions count as none.
@@ -36,7 +36,15 @@ pub struct Record {
     pub recorded_unix_ms: u64,
     /// For how long first touches were recorded at most, in milliseconds.
     pub window_ms: u64,
-    /// Whether every first touch in that time was seen. Not if all of memory was filled behind the machine's back.
+    /// For how much of that time they were when this was written, in milliseconds.
+    #[serde(default)]
+    pub recorded_ms: u64,
+    /// Whether nothing was filled in the background meanwhile: then all that is installed was brought by the stream or by
+    /// faults.
+    #[serde(default)]
+    pub unfilled: bool,
+    /// Whether every first touch in that time was seen. Not if all of memory was filled behind the machine's back, or if
+    /// the process that recorded was killed and another went on.
     pub complete: bool,
     /// What was seen.
     pub session: SessionRecord,
@@ -53,9 +61,23 @@ impl Record {
             snapshot: reference.snapshot.to_string(),
             recorded_unix_ms: now.as_millis() as u64,
             window_ms: window.as_millis() as u64,
+            recorded_ms: 0,
+            unfilled: complete,
             complete,
             session,
         }
+    }
+
+    /// The record of the first part of its window, in which nothing was filled in the background or something was.
+    pub fn of_part(self, time: Duration, unfilled: bool) -> Self {
+        Record { recorded_ms: time.as_millis() as u64, unfilled, ..self }
+    }
+
+    /// How much longer, and for how many more pages, another process may record after this was written.
+    pub fn left(&self) -> (Duration, u64) {
+        let touched = self.session.coverage.missed.saturating_add(self.session.coverage.sampled_touched);
+        let window = Duration::from_millis(self.window_ms.saturating_sub(self.recorded_ms));
+        (window, WORKING_SET_PAGES_MAX.saturating_sub(touched))
     }
 
     /// Reads a record from a file.
@@ -160,6 +182,8 @@ mod tests {
             snapshot: "00".into(),
             recorded_unix_ms: 1,
             window_ms: 5000,
+            recorded_ms: 0,
+            unfilled: true,
             complete,
             session: SessionRecord { missed: vec![(page, 1)], ..Default::default() },
         };
@@ -183,6 +207,8 @@ mod tests {
             snapshot: "00".into(),
             recorded_unix_ms: 1,
             window_ms: 5000,
+            recorded_ms: 0,
+            unfilled: true,
             complete: true,
             session,
         };

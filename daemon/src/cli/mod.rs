@@ -6,14 +6,13 @@ pub(crate) mod values;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
 
-use self::args::{Cli, Command};
+use self::args::Cli;
 use crate::{
-    commands::{self, serve::LogFormat},
+    commands,
     context::Context,
     failure::{Failure, Status},
-    output,
+    logging, output,
 };
 
 /// Parses, runs, reports. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -22,10 +21,13 @@ pub(crate) fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
-    init_log(cli.global.verbose, &cli.command);
     let json = cli.global.json;
-    let context = Context::new(cli.global);
-    match commands::run(cli.command, &context) {
+    let done = logging::begin(cli.global.verbose, &cli.command).and_then(|traces| {
+        let done = commands::run(cli.command, &Context::new(cli.global));
+        traces.end();
+        done
+    });
+    match done {
         Ok(Status::Done) => ExitCode::SUCCESS,
         Ok(Status::Failed) => ExitCode::from(1),
         Err(failure) => {
@@ -48,25 +50,4 @@ fn refuse(error: &clap::Error) -> ExitCode {
         output::failure_document(&Failure::usage(message));
     }
     ExitCode::from(2)
-}
-
-/// Logs to stderr: warnings, more with `--verbose`, or as `DORMOUSE_LOG` says. The daemon says more, and when.
-fn init_log(verbose: u8, command: &Command) {
-    let daemon = match command {
-        Command::Serve(args) => Some(args.log_format),
-        _ => None,
-    };
-    let default = match verbose + u8::from(daemon.is_some()) {
-        0 => "warn",
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_env("DORMOUSE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match daemon {
-        Some(LogFormat::Json) => log.json().init(),
-        Some(LogFormat::Text) => log.init(),
-        None => log.without_time().init(),
-    }
 }

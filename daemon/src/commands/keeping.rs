@@ -8,13 +8,14 @@ use std::{
 };
 
 use clap::Args;
-use dormouse_chunkstore::{Snapshot, Store, StoreError};
+use dormouse_chunkstore::{Resume, Snapshot, Store, StoreError};
 use dormouse_vmm_glue::{
     firecracker::{Session, SessionError, SessionOptions, SessionReport, StillServed},
     keeper::{HolderKeeper, Keeper, KeptSnapshot, KeptVm, SystemdKeeper, record::OpenKeptError},
+    opened::Opened,
 };
 
-use super::serve_uffd::memory_of;
+use super::serve_uffd::noted;
 use crate::failure::Failure;
 
 /// Between two tries to open a snapshot in a store that is away.
@@ -98,7 +99,8 @@ fn take_up_one(
             snapshot
         }
     };
-    match Session::readopt(vm, memory_of(&snapshot)?, options, keeper.clone()) {
+    let opened = Opened::of(Resume { snapshot: snapshot.clone(), stream: None })?;
+    match Session::readopt(vm, &opened, options, keeper.clone(), noted()) {
         Ok(session) => Ok(Some(TakenUp { session, snapshot })),
         Err(refusal) => match refusal.error {
             SessionError::Process(ref ended) if refusal.process.is_none() && ended.has_ended() => Ok(None),

@@ -19,9 +19,11 @@ pub(crate) mod serve;
 pub(crate) mod serve_uffd;
 pub(crate) mod show;
 pub(crate) mod standby;
+mod standby_document;
 pub(crate) mod stream;
 pub(crate) mod tier;
 pub(crate) mod train;
+pub(crate) mod unfinished;
 pub(crate) mod verify;
 pub(crate) mod vms;
 

@@ -36,6 +36,7 @@ use crate::{
     client::{self, MaybeDaemon},
     context::{self, Context},
     failure::{Failure, Status},
+    traces::{self, TraceArgs},
 };
 
 /// How long Firecracker may take to start, and to ask for its memory.
@@ -91,6 +92,9 @@ pub(crate) struct ResumeArgs {
 
     #[command(flatten)]
     pub(crate) daemon: MaybeDaemon,
+
+    #[command(flatten)]
+    pub(crate) traces: TraceArgs,
 }
 
 /// What `resume` says of itself.
@@ -120,10 +124,16 @@ pub(crate) struct Phase {
 struct Timeline {
     begun: Instant,
     phases: Vec<Phase>,
+    traced: traces::Phases,
 }
 
 impl Timeline {
-    fn mark(&mut self, name: &str) {
+    fn begin() -> Self {
+        Timeline { begun: Instant::now(), phases: Vec::new(), traced: traces::Phases::begin() }
+    }
+
+    fn mark(&mut self, name: &'static str) {
+        self.traced.over(name);
         self.phases.push(Phase { name: name.into(), at_us: micros(self.begun.elapsed()) });
     }
 }
@@ -133,7 +143,11 @@ impl Timeline {
     fn add_restore(&mut self, session: &Session) {
         let begun = self.phases.iter().find(|p| p.name == "handshake").map_or(0, |p| p.at_us);
         let noted = session.restore().timeline().phases.into_iter().filter(|p| p.name != "resumed");
-        self.phases.extend(noted.map(|p| Phase { name: p.name, at_us: begun + p.at_us }));
+        for phase in noted {
+            let phase = Phase { name: phase.name, at_us: begun + phase.at_us };
+            self.traced.note(phase.name.clone(), Duration::from_micros(phase.at_us));
+            self.phases.push(phase);
+        }
         self.phases.sort_by_key(|p| p.at_us);
     }
 }
@@ -180,21 +194,26 @@ pub(crate) fn run(args: ResumeArgs, context: &Context) -> Result<Status, Failure
     if let Some(client) = client {
         return client::resume::run(&args, context, &client);
     }
+    let vm = traces::vm(args.name.as_str()).entered();
     let keeper = resume_kept::keeper(&args)?;
     let kept = keeper.as_ref().map(|keeper| resume_kept::vm(&args, keeper, context)).transpose()?;
     if let Some((document, session)) = kept.flatten() {
         context.print(&document, |out| print_text(out, &document))?;
-        return finish(&args, &outlive(session)?);
+        let report = outlive(session)?;
+        traces::served(&vm, &report);
+        return finish(&args, &report);
     }
     // Sockets that nobody else can reach, gone when this process ends.
     let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
     let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;
     let keep = keeper.map(|keeper| (keeper, BTreeMap::new()));
-    let woken = wake(&args, WakeIn { keep, ..WakeIn::here(scratch.path()) }, || context.open_store())?;
+    let within = WakeIn { keep, ..WakeIn::here(scratch.path()) };
+    let woken = traces::operation("resume", || wake(&args, within, || context.open_store()))?;
     context.print(&woken.document, |out| print_text(out, &woken.document))?;
     drop(woken.incoming);
     // A child that nobody waits for stays a zombie, which is no obstacle: its pidfd tells of its end.
     let report = outlive(woken.session)?;
+    traces::served(&vm, &report);
     drop(woken.started);
     finish(&args, &report)
 }
@@ -229,7 +248,7 @@ pub(crate) fn wake(
     within: WakeIn<'_>,
     open_store: impl FnOnce() -> Result<Store, Failure>,
 ) -> Result<Woken, Failure> {
-    let mut timeline = Timeline { begun: Instant::now(), phases: Vec::new() };
+    let mut timeline = Timeline::begin();
     let WakeIn { scratch, input, keep } = within;
     // Firecracker starts while the store is asked.
     let (opened, vmm) = thread::scope(|scope| {
@@ -262,9 +281,13 @@ pub(crate) fn wake(
     timeline.mark("resume");
     timeline.add_restore(&session);
 
+    let snapshot = opened.snapshot().reference().snapshot.to_string();
+    let span = tracing::Span::current();
+    traces::tell(&span, "dormouse.name", args.name.to_string());
+    traces::tell(&span, "dormouse.snapshot", snapshot.clone());
     let document = Document {
         name: args.name.to_string(),
-        snapshot: opened.snapshot().reference().snapshot.to_string(),
+        snapshot,
         pid: session.process().peer().pid,
         api_socket: vmm.api_socket,
         stream_pages: opened.stream().map(|s| s.head().pages()),

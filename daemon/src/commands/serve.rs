@@ -14,6 +14,7 @@ use crate::{
     context::{self, Context},
     failure::{Failure, Status},
     serve::{self, OnStop, Settings},
+    traces::TraceArgs,
 };
 
 #[derive(Args, Debug)]
@@ -42,6 +43,9 @@ pub(crate) struct ServeArgs {
     /// How to write the log, on standard error
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
     pub(crate) log_format: LogFormat,
+
+    #[command(flatten)]
+    pub(crate) traces: TraceArgs,
 }
 
 /// How a log is written.

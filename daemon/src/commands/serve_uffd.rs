@@ -10,8 +10,8 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use dormouse_chunkstore::{Snapshot, Store};
-use dormouse_core::{ImageKind, Name};
-use dormouse_restore::{PageSource, Retry, StoredImage};
+use dormouse_core::Name;
+use dormouse_restore::Retry;
 use dormouse_vmm_glue::{
     firecracker::{
         HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
@@ -23,7 +23,6 @@ use dormouse_vmm_glue::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    import::MEMORY,
     keeping::{KeepArgs, TakenUp, let_go, take_up},
     standby::tracking,
 };
@@ -32,6 +31,7 @@ use crate::{
     context::{self, Context},
     failure::{Failure, Status},
     human,
+    traces::{self, TraceArgs},
 };
 
 /// How long a peer may take over its handshake.
@@ -62,6 +62,9 @@ pub(crate) struct ServeUffdArgs {
 
     #[command(flatten)]
     serving: ServingArgs,
+
+    #[command(flatten)]
+    pub(crate) traces: TraceArgs,
 }
 
 /// How VMs are served.
@@ -168,7 +171,7 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
     };
     if args.once && !taken_up.is_empty() {
         let TakenUp { session, snapshot } = taken_up.swap_remove(0);
-        return finish(&snapshot, args.until_end(session)?);
+        return finish(&snapshot, args.until_end(session, &snapshot)?);
     }
     let opened = args.serving.open(&store, &args.name, !args.once)?;
     let snapshot = opened.snapshot().clone();
@@ -183,7 +186,7 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
         let session = service.next_session(&incoming);
         // Whoever else comes finds nobody here.
         drop(incoming);
-        return finish(&snapshot, args.until_end(session)?);
+        return finish(&snapshot, args.until_end(session, &snapshot)?);
     }
     let (ended, reports) = mpsc::channel::<Result<(Snapshot, SessionReport), Failure>>();
     std::thread::scope(|scope| {
@@ -198,7 +201,8 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
             let (ended, args) = (ended.clone(), args.clone());
             // The receiver lives as long as this scope.
             std::thread::spawn(move || {
-                let _ = ended.send(args.until_end(session).map(|report| (snapshot, report)));
+                let report = args.until_end(session, &snapshot);
+                let _ = ended.send(report.map(|report| (snapshot, report)));
             });
         };
         for TakenUp { session, snapshot } in taken_up {
@@ -212,14 +216,13 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
 
 impl ServeUffdArgs {
     /// Waits until the VM needs this process no more.
-    fn until_end(&self, session: Session) -> Result<SessionReport, Failure> {
-        if self.detach_when_filled { let_go(session) } else { outlive(session) }
+    fn until_end(&self, session: Session, snapshot: &Snapshot) -> Result<SessionReport, Failure> {
+        let vm = traces::vm(self.name.as_str()).entered();
+        traces::tell(&vm, "dormouse.snapshot", snapshot.reference().snapshot.to_string());
+        let report = if self.detach_when_filled { let_go(session) } else { outlive(session) }?;
+        traces::served(&vm, &report);
+        Ok(report)
     }
-}
-
-/// The snapshot's memory, as something a restore can read.
-pub(crate) fn memory_of(snapshot: &Snapshot) -> Result<Arc<dyn PageSource>, Failure> {
-    Ok(Arc::new(StoredImage::new(snapshot.image(ImageKind::Memory, MEMORY)?)))
 }
 
 impl Service<'_> {

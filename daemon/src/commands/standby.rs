@@ -1,8 +1,7 @@
 //! `dormouse standby firecracker NAME`: a running VM goes into the store, and out of this host.
 
 use std::{
-    borrow::Cow,
-    io::{self, Write},
+    io,
     os::unix::net::UnixStream,
     path::PathBuf,
     time::{Duration, Instant},
@@ -10,8 +9,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{
-    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportReport, ImportRequest, Progress, Store,
-    StreamReport,
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportRequest, Progress, Store, StreamReport,
 };
 use dormouse_core::{ImageId, ImageKind, Name};
 use dormouse_vmm_glue::{
@@ -21,23 +19,28 @@ use dormouse_vmm_glue::{
         capture::{self, Capture},
         memfile,
         tracking::{Base, Tracking},
+        under_way::{self, StandbyNote, StandbyUnderWay},
+        vcpus::VcpuMarks,
     },
     opened::build_predicted_stream,
     records::Record,
 };
-use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+pub(crate) use super::standby_document::Document;
 use super::{
     cloud_hypervisor,
     import::{MEMORY, distinct},
+    standby_document::print_text,
+    unfinished,
 };
 use crate::{
     cli::values::Part,
     client::MaybeDaemon,
     context::{self, Context},
     failure::{Failure, Status},
-    human,
     serve::api::StandbyRequest,
+    traces::{self, TraceArgs},
 };
 
 /// What Firecracker's device state is called in a snapshot.
@@ -93,54 +96,18 @@ pub(crate) struct StandbyArgs {
 
     #[command(flatten)]
     pub(crate) daemon: MaybeDaemon,
-}
 
-/// What `standby` says of itself.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Document {
-    name: String,
-    snapshot: String,
-    parent: Option<String>,
-    /// "full" or "diff".
-    kind: Cow<'static, str>,
-    /// Why all memory was captured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    full_because: Option<Cow<'static, str>>,
-    pid: i32,
-    ended: bool,
-    /// How long the guest stood still, or had to before it could have gone on.
-    pub(crate) pause_us: u64,
-    /// From the request until the snapshot was whole in this host's memory.
-    resumable_us: u64,
-    /// From the request until it was durable in the store.
-    pub(crate) durable_us: u64,
-    phases: Phases,
-    /// Bytes of memory captured.
-    captured_bytes: u64,
-    import: ImportReport,
-    /// The resume stream, made from what the guest touched and wrote in this session; none if that is not known.
-    #[serde(default)]
-    stream: Option<StreamReport>,
-}
-
-/// Each of these follows the one before.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Phases {
-    check_us: u64,
-    pause_us: u64,
-    snapshot_us: u64,
-    resume_us: u64,
-    import_us: u64,
-    end_us: u64,
-    #[serde(default)]
-    stream_us: u64,
+    #[command(flatten)]
+    pub(crate) traces: TraceArgs,
 }
 
 /// What is captured, and over which parent it is stored.
-struct Choice {
-    kind: SnapshotKind,
-    parent: Option<Name>,
-    full_because: Option<&'static str>,
+pub(super) struct Choice {
+    /// Whether the guest runs now.
+    is_running: bool,
+    pub(super) kind: SnapshotKind,
+    pub(super) parent: Option<Name>,
+    pub(super) full_because: Option<&'static str>,
 }
 
 pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
@@ -150,19 +117,29 @@ pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status,
     };
     let document = match args.daemon.find(context)? {
         Some(client) => client.post("/v1/standby", &StandbyRequest::of(args)?)?,
-        None => perform(args, || context.open_store(), &context.progress("storing"))?,
+        None => traces::operation("standby", || {
+            perform(args, Asked::default(), || context.open_store(), &context.progress("storing"))
+        })?,
     };
     context.print(&document, |out| print_text(out, &document))?;
     Ok(Status::Done)
 }
 
-/// Puts a VM on standby: checks, captures, stores, ends.
+/// Whose business a standby is, and what was asked: noted on this host for whoever has to finish it.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) by: Option<PathBuf>,
+    pub(crate) request: Value,
+}
+
+/// Puts a VM on standby: checks, captures, stores, ends. One that was killed between the last two is finished.
 pub(crate) fn perform(
     args: &StandbyArgs,
+    asked: Asked,
     open_store: impl FnOnce() -> Result<Store, Failure>,
     progress: &dyn Progress,
 ) -> Result<Document, Failure> {
-    let begun = Instant::now();
+    let (begun, mut traced) = (Instant::now(), traces::Phases::begin());
     distinct("--disk", args.disk.iter().map(|d| &d.id))?;
     if let Some(disk) = args.disk.iter().find(|d| !d.file.exists()) {
         return Err(Failure::usage(format!("--disk {}: {} does not exist", disk.id, disk.file.display())));
@@ -171,62 +148,127 @@ pub(crate) fn perform(
     let process = process_at(&args.api_socket)?;
     let tracking = tracking()?;
     let store = open_store()?;
+    if let Some(document) = unfinished::finish(args, &process, &tracking, &store)? {
+        return Ok(document);
+    }
     let choice = choose(args, &api, &process, &tracking, &store)?;
     let check_us = micros(begun.elapsed());
+    traced.over("check");
 
     // Before the capture, for which Firecracker touches pages of its own accord.
     let session = tracking.session_of(&process);
     let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
-    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
-    tracking.forget(&process).map_err(|e| Failure::new("tracking", e.to_string()))?;
-    let captured = capture::capture(&api, choice.kind, args.keep_running, jail.as_ref());
-    let captured = captured.map_err(|e| vmm_failure(&e))?;
+    let mut note = StandbyNote::new(&args.name, &args.api_socket, choice.is_running);
+    (note.by, note.request) = (asked.by, asked.request);
+    let mut under_way = tracking.begin_standby(&process, &note).map_err(|e| cannot_note(&e))?;
+    let captured = capture_it(args, &api, &process, &tracking, choice.kind, jail.as_ref());
+    let Captured { capture: captured, state } = match captured {
+        Ok(captured) => captured,
+        Err(failure) => {
+            under_way.done();
+            return Err(failure);
+        }
+    };
     let resumable_us = micros(begun.elapsed());
+    traced.over("capture");
     tracing::info!(resumable_us, "resumable on this host");
+    let mut document = Document::of(args, &choice, &process, &captured);
+    (document.resumable_us, document.phases.check_us) = (resumable_us, check_us);
 
     let importing = Instant::now();
-    let request = request(args, &choice, &captured)?;
-    let report = store.import(&request, progress);
-    let report = report.map_err(|error| give_back(args, &api, &captured, error.into()))?;
-    let (import_us, durable_us) = (micros(importing.elapsed()), micros(begun.elapsed()));
-    tracing::info!(durable_us, "durable in the store");
+    let noted = args.keep_running || note_captured(&mut under_way, &mut note, &process, &state, &document);
+    let report = match noted {
+        true => request(args, &choice, &captured, state).and_then(|r| Ok(store.import(&r, progress)?)),
+        false => Err(Failure::new("tracking", "what was captured cannot be noted on this host")),
+    };
+    let report = match report {
+        Ok(report) => report,
+        Err(failure) => {
+            let failure = give_back(args, &api, &captured, failure);
+            under_way.done();
+            return Err(failure);
+        }
+    };
+    document.import_is(report, micros(importing.elapsed()), micros(begun.elapsed()));
+    traced.over("import");
+    tracing::info!(durable_us = document.durable_us, "durable in the store");
 
     let ending = Instant::now();
     if args.keep_running {
-        let base = Base { name: args.name.to_string(), snapshot: report.snapshot.clone() };
+        let base = Base { name: args.name.to_string(), snapshot: document.snapshot.clone() };
         if let Err(error) = tracking.remember(&process, &base) {
             tracing::warn!(%error, "the next standby of this VM will capture all of its memory");
         }
     } else {
+        // Killed from here on, it still answers all that is known. One that does not end stays noted.
+        note_captured_answer(&mut under_way, &mut note, &document);
         end(&process)?;
     }
-    let (end_us, streaming) = (micros(ending.elapsed()), Instant::now());
-    let stream = predicted_stream(&store, &args.name, session.as_ref(), &captured);
-    let times = captured.times;
-    Ok(Document {
-        name: args.name.to_string(),
-        snapshot: report.snapshot.clone(),
-        parent: choice.parent.map(|p| p.to_string()),
-        kind: if choice.kind == SnapshotKind::Full { "full" } else { "diff" }.into(),
-        full_because: choice.full_because.map(Cow::from),
-        pid: process.peer().pid,
-        ended: !args.keep_running,
-        pause_us: micros(times.paused),
-        resumable_us,
-        durable_us,
-        phases: Phases {
-            check_us,
-            pause_us: micros(times.pause),
-            snapshot_us: micros(times.snapshot),
-            resume_us: micros(times.resume),
-            import_us,
-            end_us,
-            stream_us: micros(streaming.elapsed()),
-        },
-        captured_bytes: captured.memory.stored_bytes().map_err(|e| Failure::new("memory", e.to_string()))?,
-        import: report,
-        stream,
-    })
+    under_way.done();
+    document.phases.end_us = micros(ending.elapsed());
+    traced.over("end");
+    let streaming = Instant::now();
+    document.stream = predicted_stream(&store, &args.name, session.as_ref(), &captured);
+    document.phases.stream_us = micros(streaming.elapsed());
+    traced.over("stream");
+    document.tell();
+    Ok(document)
+}
+
+/// A guest in this host's memory.
+struct Captured {
+    capture: Capture,
+    /// Its device state.
+    state: Vec<u8>,
+}
+
+fn capture_it(
+    args: &StandbyArgs,
+    api: &ApiClient,
+    process: &VmmProcess,
+    tracking: &Tracking,
+    kind: SnapshotKind,
+    jail: Option<&Jail>,
+) -> Result<Captured, Failure> {
+    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
+    tracking.forget(process).map_err(|e| Failure::new("tracking", e.to_string()))?;
+    let capture = capture::capture(api, kind, args.keep_running, jail).map_err(|e| vmm_failure(&e))?;
+    match capture.state.read() {
+        Ok(state) => Ok(Captured { capture, state }),
+        Err(error) => Err(give_back(args, api, &capture, Failure::new("memory", error.to_string()))),
+    }
+}
+
+fn cannot_note(error: &io::Error) -> Failure {
+    if error.kind() == io::ErrorKind::WouldBlock {
+        let message = "another standby of this VM is under way";
+        return Failure { retryable: true, ..Failure::new("busy", message) };
+    }
+    Failure::new("tracking", format!("the standby cannot be noted on this host: {error}"))
+}
+
+/// Notes how the guest stands now: from here on the snapshot may become durable at any time.
+fn note_captured(
+    under_way: &mut StandbyUnderWay,
+    note: &mut StandbyNote,
+    process: &VmmProcess,
+    state: &[u8],
+    document: &Document,
+) -> bool {
+    let vcpus = VcpuMarks::of(process)
+        .inspect_err(|why| tracing::warn!(%why, "should this be killed now, nobody can tell whether the guest stood still"));
+    let (state, answer) = (under_way::hash_of(state), json!(document));
+    note.captured = Some(under_way::Captured { state, vcpus: vcpus.ok(), answer });
+    under_way.note(note).inspect_err(|error| tracing::error!(%error, "the standby cannot be noted")).is_ok()
+}
+
+fn note_captured_answer(under_way: &mut StandbyUnderWay, note: &mut StandbyNote, document: &Document) {
+    if let Some(captured) = &mut note.captured {
+        captured.answer = json!(document);
+    }
+    if let Err(error) = under_way.note(note) {
+        tracing::warn!(%error, "should this be killed now, its answer will be less than all");
+    }
 }
 
 /// The Firecracker that listens at `socket`.
@@ -251,7 +293,7 @@ fn choose(
     store: &Store,
 ) -> Result<Choice, Failure> {
     // What can be refused is refused before the guest is touched.
-    capture::is_running(api).map_err(|e| vmm_failure(&e))?;
+    let is_running = capture::is_running(api).map_err(|e| vmm_failure(&e))?;
     let base = tracking.base_of(process);
     let stands_for_base = |name: &Name| {
         let snapshot = store.open_snapshot(name).ok().map(|s| s.reference().snapshot.to_string());
@@ -284,10 +326,15 @@ fn choose(
         None
     };
     let kind = if full_because.is_some() { SnapshotKind::Full } else { SnapshotKind::Diff };
-    Ok(Choice { kind, parent, full_because })
+    Ok(Choice { is_running, kind, parent, full_because })
 }
 
-fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<ImportRequest, Failure> {
+fn request(
+    args: &StandbyArgs,
+    choice: &Choice,
+    captured: &Capture,
+    state: Vec<u8>,
+) -> Result<ImportRequest, Failure> {
     let id = |id: &str| ImageId::new(id).map_err(|e| Failure::usage(e.to_string()));
     let memory = ImageSource {
         id: id(MEMORY)?,
@@ -301,7 +348,6 @@ fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<Im
         path: disk.file.clone(),
         dirty: None,
     });
-    let state = captured.state.read().map_err(|e| Failure::new("memory", e.to_string()))?;
     Ok(ImportRequest {
         parent: choice.parent.clone(),
         images: [memory].into_iter().chain(disks).collect(),
@@ -343,7 +389,7 @@ fn give_back(args: &StandbyArgs, api: &ApiClient, captured: &Capture, failure: F
     Failure { message: format!("{}; nothing was stored and {state}", failure.message), ..failure }
 }
 
-fn end(process: &VmmProcess) -> Result<(), Failure> {
+pub(crate) fn end(process: &VmmProcess) -> Result<(), Failure> {
     let pid = process.peer().pid;
     let failed = |why: String| {
         Failure::new(
@@ -365,19 +411,4 @@ pub(crate) fn vmm_failure(error: &dyn std::error::Error) -> Failure {
 
 pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-pub(crate) fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
-    let ms = |us: u64| us as f64 / 1e3;
-    writeln!(out, "{} is on standby ({} capture of {})", d.name, d.kind, human::bytes(d.captured_bytes))?;
-    writeln!(out, "  guest paused  {:>9.1} ms", ms(d.pause_us))?;
-    writeln!(out, "  resumable     {:>9.1} ms", ms(d.resumable_us))?;
-    writeln!(out, "  durable       {:>9.1} ms", ms(d.durable_us))?;
-    writeln!(out, "  stored        {:>9}", human::bytes(d.import.stored_bytes))?;
-    if let Some(stream) = &d.stream {
-        let (pages, bytes) = (human::bytes(stream.raw_bytes), human::bytes(stream.stored_bytes));
-        writeln!(out, "  stream        {pages:>9} in {bytes}")?;
-    }
-    let vm = if d.ended { "has ended" } else { "runs on" };
-    writeln!(out, "  Firecracker ({}) {vm}", d.pid)
 }

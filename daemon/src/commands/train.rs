@@ -63,6 +63,7 @@ pub(crate) fn run(args: &TrainArgs, context: &Context) -> Result<Status, Failure
             page_by_page: true,
         },
         keep: super::keeping::KeepArgs::default(),
+        traces: Default::default(),
         daemon: MaybeDaemon::default(),
     };
     let woken = resume::wake(&waking, WakeIn::here(scratch.path()), || Ok(store.clone()))?;

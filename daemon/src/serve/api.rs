@@ -286,6 +286,7 @@ impl WakeRequest {
             record: None,
             keep: crate::commands::keeping::KeepArgs::default(),
             daemon: MaybeDaemon::default(),
+            traces: Default::default(),
         };
         if args.firecracker.is_none() && !pool {
             return Err(Failure::usage(
@@ -367,6 +368,7 @@ impl StandbyRequest {
             replace: self.replace,
             level: self.level,
             daemon: MaybeDaemon::default(),
+            traces: Default::default(),
         })
     }
 

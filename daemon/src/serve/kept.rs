@@ -2,35 +2,38 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, thread, time::Duration};
 
+use dormouse_chunkstore::Resume;
 use dormouse_vmm_glue::{
-    firecracker::{ApiClient, Session, SessionError, capture},
+    firecracker::{Session, SessionError},
     keeper::{Keeper, KeptVm, record::OpenKeptError},
+    opened::Opened,
 };
 use serde_json::Value;
 
 use super::{
     api::{Origin, WakeRequest},
+    interrupted::{self, finish, left_behind},
     scratch::{self, Mark, Scratch},
     state::Daemon,
     vm::Vm,
     wake,
 };
 use crate::{
-    commands::serve_uffd::{memory_of, thread_failure},
+    commands::serve_uffd::{noted, thread_failure},
     failure::Failure,
+    traces,
 };
 
 /// Between two tries to serve a VM whose store is away.
 const TRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a killed VM may take to be gone.
 const END_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a VM's Firecracker may take to let its guest go on.
-const API_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Names of notes.
 const ID: &str = "id";
 const REQUEST: &str = "request";
 const SCRATCH: &str = "scratch";
+const TRACE: &str = "traceparent";
 
 /// What the next daemon is to know of `vm`.
 pub(super) fn notes(vm: &Vm, scratch: Option<&Scratch>) -> BTreeMap<String, String> {
@@ -38,6 +41,9 @@ pub(super) fn notes(vm: &Vm, scratch: Option<&Scratch>) -> BTreeMap<String, Stri
         BTreeMap::from([(ID.to_owned(), vm.id.clone()), (REQUEST.to_owned(), vm.lock().request.to_string())]);
     if let Some(path) = scratch.and_then(|s| s.path().to_str()) {
         notes.insert(SCRATCH.to_owned(), path.to_owned());
+    }
+    if let Some(trace) = traces::traceparent(&vm.span()) {
+        notes.insert(TRACE.to_owned(), trace);
     }
     notes
 }
@@ -47,11 +53,13 @@ pub(super) fn notes(vm: &Vm, scratch: Option<&Scratch>) -> BTreeMap<String, Stri
 pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
     let Some(keeper) = &daemon.keeper else {
         scratch::clean(&daemon.directory, &[]);
+        interrupted::finish_others(daemon, Vec::new());
         return Ok(());
     };
     let all = keeper.take_all().map_err(|e| Failure::new("keep", e.to_string()))?;
     let scratch_of = |kept: &KeptVm| kept.record.notes.get(SCRATCH).map(PathBuf::from);
     let in_use: Vec<PathBuf> = all.iter().filter_map(scratch_of).collect();
+    let processes = all.iter().map(|kept| kept.vmm().map_or(kept.record.pid, |p| p.peer().pid)).collect();
     for kept in all {
         let (daemon, keeper) = (daemon.clone(), keeper.clone());
         // Each on its own: one whose pages cannot be had holds up no other.
@@ -61,7 +69,7 @@ pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
             thread::Builder::new()
                 .name("dm-take-up".into())
                 .spawn(move || {
-                    let _inside = vm.span.clone().entered();
+                    let _inside = vm.span().entered();
                     while let Tried::Later = try_once(&daemon, &vm, &kept, &keeper) {
                         thread::sleep(TRY_INTERVAL);
                     }
@@ -70,6 +78,7 @@ pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
         }
     }
     scratch::clean(&daemon.directory, &in_use);
+    interrupted::finish_others(daemon, processes);
     Ok(())
 }
 
@@ -83,6 +92,10 @@ fn enter(daemon: &Daemon, kept: &KeptVm) -> Result<Arc<Vm>, Failure> {
     let (vm, _) = daemon
         .enter(id, name, Origin::Kept, request.clone())
         .or_else(|_| daemon.enter(None, name, Origin::Kept, request))?;
+    if let Some(trace) = record.notes.get(TRACE) {
+        traces::continue_from(&vm.span(), trace);
+    }
+    traces::tell(&vm.span(), "dormouse.snapshot", record.snapshot.snapshot.clone());
     let mut inner = vm.lock();
     inner.snapshot = Some(record.snapshot.snapshot.clone());
     inner.api_socket = record.api_socket.clone();
@@ -97,7 +110,7 @@ enum Tried {
 }
 
 fn try_once(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Keeper>) -> Tried {
-    let _inside = vm.span.clone().entered();
+    let _inside = vm.span().entered();
     match serve(daemon, vm, kept, keeper) {
         Ok(()) => Tried::Done,
         Err(Trouble::Later(why)) => {
@@ -116,7 +129,7 @@ fn try_once(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn 
     }
 }
 
-enum Trouble {
+pub(super) enum Trouble {
     /// What is in the way may go away.
     Later(String),
     /// Its process has ended.
@@ -131,9 +144,11 @@ fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Kee
         }
         error => Trouble::Later(error.to_string()),
     })?;
-    let source = memory_of(&snapshot).map_err(|e| Trouble::Later(e.message))?;
+    let opened = Opened::of(Resume { snapshot, stream: None }).map_err(|e| Trouble::Later(e.to_string()))?;
+    // Before it is served: what is not known yet is asked for again.
+    let unfinished = left_behind(daemon, kept)?;
     let again = kept.try_clone().map_err(|e| Trouble::Later(e.to_string()))?;
-    let session = Session::readopt(again, source, kept.record.options, keeper.clone());
+    let session = Session::readopt(again, &opened, kept.record.options, keeper.clone(), noted());
     let session = session.map_err(|refusal| match refusal.error {
         SessionError::Process(why) if why.has_ended() => Trouble::Gone,
         error => Trouble::Never(Failure::new("vm_refused", error.to_string())),
@@ -141,10 +156,9 @@ fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Kee
     if was_not_woken(vm) {
         return Err(Trouble::Never(end_unwoken(vm, session)));
     }
-    let in_standby = vm.lock().scratch.as_ref().is_some_and(|s| s.has(Mark::InStandby));
     wake::serve(daemon, vm, session).map_err(Trouble::Never)?;
-    if in_standby {
-        go_on(vm);
+    if let Some(unfinished) = unfinished {
+        finish(daemon, vm, kept, unfinished);
     }
     Ok(())
 }
@@ -168,28 +182,4 @@ fn end_unwoken(vm: &Vm, session: Session) -> Failure {
         Err(error) => format!("it cannot be ended: {error}"),
     };
     Failure::new("vm", format!("the earlier daemon was ended while it woke this VM; {outcome}"))
-}
-
-/// The earlier daemon was ended in the midst of a standby, for which the guest may stand still.
-fn go_on(vm: &Vm) {
-    let (socket, scratch) = {
-        let inner = vm.lock();
-        (inner.api_socket.clone(), inner.scratch.clone())
-    };
-    let Some(socket) = socket else { return };
-    let api = ApiClient::new(&socket, API_PATIENCE);
-    let resumed = match capture::is_running(&api) {
-        Ok(false) => api.resume().map_err(|e| e.to_string()),
-        Ok(true) => Ok(()),
-        Err(error) => Err(error.to_string()),
-    };
-    match resumed {
-        Ok(()) => {
-            tracing::warn!("the earlier daemon was ended while it put this VM on standby; the VM runs on");
-            scratch.iter().for_each(|s| s.unmark(Mark::InStandby));
-        }
-        Err(why) => {
-            tracing::error!(%why, "the VM may stand still; PATCH /vm of its Firecracker lets it go on")
-        }
-    }
 }

@@ -25,6 +25,7 @@ use super::{
 use crate::{
     commands::serve_uffd::{HANDSHAKE_PATIENCE, listen_failure, noted, refused, thread_failure},
     failure::Failure,
+    traces,
 };
 
 /// Between two looks whether to stop.
@@ -139,7 +140,7 @@ fn take(
 ) -> Result<(), Failure> {
     let origin = Origin::Listener { listener: listener.id.clone() };
     let (vm, _) = daemon.enter(None, &listener.request.snapshot, origin, Value::Null)?;
-    let _inside = vm.span.clone().entered();
+    let _inside = vm.span().entered();
     let session = match &daemon.keeper {
         None => Session::wake(handshake, opened, options, noted()),
         Some(keeper) => {
@@ -154,6 +155,7 @@ fn take(
         wake::fail(daemon, &vm, &failure);
         failure
     })?;
+    traces::tell(&vm.span(), "dormouse.snapshot", listener.snapshot.clone());
     vm.lock().snapshot = Some(listener.snapshot.clone());
     wake::serve(daemon, &vm, session)
 }

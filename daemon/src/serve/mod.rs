@@ -7,7 +7,7 @@
 //! | `socket` | the control socket: who may connect, and how long they may take |
 //! | `state`, `vm` | what the daemon knows, and the one thing that may be under way with a VM |
 //! | `wake`, `operations`, `listener` | what can be done |
-//! | `kept`, `scratch` | VMs of an earlier daemon, and what it left behind |
+//! | `kept`, `interrupted`, `scratch` | VMs of an earlier daemon, and what it left behind |
 //! | `metrics`, `totals`, `counted` | what is counted |
 //! | `stop`, `notify` | the end, and what systemd is told |
 //!
@@ -19,6 +19,7 @@ pub(crate) mod api;
 mod body;
 pub(crate) mod codes;
 mod counted;
+mod interrupted;
 mod kept;
 mod listener;
 mod metrics;

@@ -10,13 +10,12 @@ use serde_json::{Value, json};
 use super::{
     api::{Origin, StandbyRequest, State, StopRequest, VmDocument},
     process::Process,
-    scratch::Mark,
     state::Daemon,
     vm::Vm,
     wake,
 };
 use crate::{
-    commands::standby::{self, process_at},
+    commands::standby::{self, Asked, process_at},
     failure::Failure,
 };
 
@@ -47,11 +46,9 @@ pub(super) async fn standby(
         if let Some(document) = already(vm, &done) {
             return Ok(document);
         }
-        let scratch = vm.lock().scratch.clone();
-        // Should the daemon be killed, the next one lets the guest go on.
-        scratch.iter().for_each(|s| s.mark(Mark::InStandby));
-        let document = standby::perform(&args, || Ok(daemon.store.clone()), &NoProgress);
-        scratch.iter().for_each(|s| s.unmark(Mark::InStandby));
+        // Should the daemon be killed, the next one finishes it, or lets the guest go on.
+        let asked = Asked { by: Some(daemon.directory.clone()), request: json!(done) };
+        let document = standby::perform(&args, asked, || Ok(daemon.store.clone()), &NoProgress);
         daemon.metrics.slept(&document);
         let document = document?;
         let answer = json!(document);

@@ -2,7 +2,6 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    io,
     os::unix::{fs::DirBuilderExt as _, net::UnixStream},
     path::{Path, PathBuf},
     thread,
@@ -27,15 +26,12 @@ pub(super) struct Scratch(PathBuf);
 pub(super) enum Mark {
     /// The guest was let go on: whoever asked for it has been told, or will be.
     Woken,
-    /// A standby is under way, for which the guest may stand still.
-    InStandby,
 }
 
 impl Mark {
     fn file(self) -> &'static str {
         match self {
             Mark::Woken => "woken",
-            Mark::InStandby => "in-standby",
         }
     }
 }
@@ -62,16 +58,6 @@ impl Scratch {
     pub(super) fn mark(&self, mark: Mark) {
         if let Err(error) = File::create(self.0.join(mark.file())) {
             tracing::warn!(%error, ?mark, "the next daemon will not know");
-        }
-    }
-
-    /// Takes it back.
-    pub(super) fn unmark(&self, mark: Mark) {
-        match fs::remove_file(self.0.join(mark.file())) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(%error, ?mark, "the next daemon will think otherwise");
-            }
-            _ => {}
         }
     }
 

@@ -58,7 +58,11 @@ pub(super) async fn stop(daemon: &Arc<Daemon>) {
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
     match policy {
-        OnStop::Keep => return telling.abort(),
+        OnStop::Keep => {
+            // Theirs is the next daemon's to go on with.
+            daemon.vms().iter().for_each(|vm| vm.end_span());
+            return telling.abort();
+        }
         OnStop::Detach => detach_all(daemon).await,
         OnStop::Wait => {}
     }
@@ -87,7 +91,7 @@ async fn detach_all(daemon: &Arc<Daemon>) {
 async fn detach_in_the_end(vm: &Arc<Vm>) {
     while vm.state() == State::Running {
         if let Err(failure) = operations::detach(vm).await {
-            tracing::warn!(parent: &vm.span, %failure, "cannot end yet");
+            tracing::warn!(parent: &vm.span(), %failure, "cannot end yet");
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }

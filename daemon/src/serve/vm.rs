@@ -19,6 +19,7 @@ use super::{
 use crate::{
     commands::{resume, standby},
     failure::Failure,
+    traces,
 };
 
 /// A VM. Everybody who deals with it shares this.
@@ -27,8 +28,7 @@ pub(super) struct Vm {
     pub(super) id: String,
     /// The snapshot's name.
     pub(super) name: String,
-    /// What is logged of it carries its id.
-    pub(super) span: Span,
+    span: Mutex<Span>,
     since_unix_ms: u64,
     state: watch::Sender<State>,
     inner: Mutex<Inner>,
@@ -73,7 +73,7 @@ impl Vm {
         Arc::new(Vm {
             id: id.into(),
             name: name.into(),
-            span: tracing::info_span!("vm", id, snapshot = name),
+            span: Mutex::new(span_of(id, name)),
             since_unix_ms: now_unix_ms(),
             state: watch::channel(State::Starting).0,
             inner: Mutex::new(Inner {
@@ -99,12 +99,22 @@ impl Vm {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What is logged inside it carries the VM's id, and is of its trace.
+    pub(super) fn span(&self) -> Span {
+        self.span.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Its trace ends here, as far as this daemon knows.
+    pub(super) fn end_span(&self) {
+        *self.span.lock().unwrap_or_else(PoisonError::into_inner) = Span::none();
+    }
+
     pub(super) fn state(&self) -> State {
         *self.state.borrow()
     }
 
     pub(super) fn set_state(&self, state: State) {
-        tracing::info!(parent: &self.span, ?state, "state");
+        tracing::info!(parent: &self.span(), ?state, "state");
         self.state.send_replace(state);
     }
 
@@ -210,19 +220,30 @@ impl Vm {
         inner.operation = Some(Operation { kind, request, outcome: outcome.clone() });
         drop(inner);
         let over = Over(self.clone());
-        let span = tracing::info_span!(parent: &self.span, "operation", kind);
+        let span = tracing::info_span!(parent: &self.span(), "operation", kind);
+        traces::name_it(&span, kind);
+        traces::tell(&span, "dormouse.vm.id", self.id.clone());
         tokio::task::spawn_blocking(move || {
-            let _inside = span.entered();
+            let inside = span.entered();
             let result = work(&over.0);
+            traces::outcome(&inside, &result);
             if let Err(failure) = &result {
                 tracing::warn!(code = failure.kind, %failure, "failed");
             }
+            drop(inside);
             // Over before it is told: whoever hears of it may ask for the next.
             drop(over);
             sender.send_replace(Some(result));
         });
         Ok(outcome)
     }
+}
+
+fn span_of(id: &str, name: &str) -> Span {
+    let span = tracing::info_span!("vm", id, snapshot = name);
+    traces::tell(&span, "dormouse.vm.id", id.to_owned());
+    traces::tell(&span, "dormouse.name", name.to_owned());
+    span
 }
 
 /// Ends the operation of a VM when dropped, by a panic too.

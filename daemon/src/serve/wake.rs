@@ -20,6 +20,7 @@ use crate::{
         serve_uffd::thread_failure,
     },
     failure::Failure,
+    traces,
 };
 
 /// Between two looks whether a standby is over.
@@ -65,7 +66,9 @@ pub(super) fn fail(daemon: &Daemon, vm: &Vm, failure: &Failure) {
         inner.failure = Some(failure.clone());
         inner.ended_unix_ms = Some(now_unix_ms());
     }
+    traces::outcome::<()>(&vm.span(), &Err(failure.clone()));
     vm.set_state(State::Failed);
+    vm.end_span();
     daemon.forget_oldest();
 }
 
@@ -84,6 +87,7 @@ fn begin(daemon: &Arc<Daemon>, vm: &Arc<Vm>, args: &ResumeArgs, input: ConsoleIn
     let woken = resume::wake(args, within, || Ok(daemon.store.clone())).inspect_err(|_| scratch.remove())?;
     scratch.mark(Mark::Woken);
     daemon.metrics.resumed(&woken.document);
+    traces::tell(&vm.span(), "dormouse.snapshot", woken.document.snapshot.clone());
     {
         let mut inner = vm.lock();
         inner.snapshot = Some(woken.document.snapshot.clone());
@@ -127,15 +131,16 @@ fn abandon(session: &Session, why: &str) -> Failure {
 pub(super) fn watch_end(daemon: &Arc<Daemon>, vm: &Arc<Vm>, process: Arc<Process>) -> Result<(), Failure> {
     let (daemon, vm) = (daemon.clone(), vm.clone());
     let waiting = move || {
-        let _inside = vm.span.clone().entered();
-        loop {
+        let ended = loop {
             match process.wait_ended(A_WHILE) {
-                Ok(true) => break end(&daemon, &vm),
                 Ok(false) => {}
-                Err(error) => {
-                    break tracing::error!(%error, "the end of its process cannot be waited for");
-                }
+                ended => break ended,
             }
+        };
+        let _inside = vm.span().entered();
+        match ended {
+            Ok(_) => end(&daemon, &vm),
+            Err(error) => tracing::error!(%error, "the end of its process cannot be waited for"),
         }
     };
     thread::Builder::new().name("dm-end".into()).spawn(waiting).map(drop).map_err(|e| thread_failure(&e))
@@ -153,6 +158,7 @@ pub(super) fn end(daemon: &Daemon, vm: &Vm) {
             if let Some(why) = &report.killed_because {
                 tracing::error!(%why, "killed rather than given a wrong page");
             }
+            traces::served(&vm.span(), &report);
             vm.lock().report = Some(report);
         }
         Some(Ok(Err(_session))) => tracing::error!("its process was thought to be gone and is not"),
@@ -185,5 +191,6 @@ pub(super) fn end(daemon: &Daemon, vm: &Vm) {
         "ended"
     });
     vm.set_state(State::Ended);
+    vm.end_span();
     daemon.forget_oldest();
 }

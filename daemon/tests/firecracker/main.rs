@@ -4,11 +4,14 @@
 #![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
 mod balloon;
+mod collector;
 mod failures;
 mod generations;
+mod held_store;
 mod hostile;
 mod huge_pages;
 mod huge_stream;
+mod interrupted;
 mod jail;
 mod scene;
 mod serve_api;
@@ -19,4 +22,5 @@ mod served;
 mod slow_s3;
 mod slow_store;
 mod survival;
+mod traces;
 mod working_set;

@@ -8,6 +8,7 @@
 //! process that is being killed, so an event is either still the kernel's or in the file; and acting on it twice
 //! changes nothing.
 
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -16,10 +17,12 @@ use std::time::Duration;
 pub mod layout;
 
 use self::layout::{EVENTS, EVENTS_AT, EVENTS_BYTES, HEADER_BYTES, Header, LayoutError, STATES_AT};
-use crate::plan::Plan;
+use crate::plan::{Cell, Plan};
+use crate::state::PageState;
 use crate::sys::memory::Memory;
 use crate::sys::shared_file::{SharedFile, SharedFileError};
 use crate::sys::uffd::EventBuffer;
+use crate::working_set::WORKING_SET_PAGES_MAX;
 
 /// The states of all pages of one restore, in a file that outlives this process if somebody keeps it.
 ///
@@ -28,7 +31,15 @@ use crate::sys::uffd::EventBuffer;
 pub struct KeptStates {
     file: Arc<SharedFile>,
     cells: u64,
+    left: Arc<Left>,
+}
+
+/// What was found in them.
+#[derive(Debug, Default)]
+struct Left {
     settled: u64,
+    /// Cells that were installed, ascending; none if they are too many to be of interest.
+    installed: Vec<Range<u64>>,
 }
 
 /// Why kept states cannot be made or taken up.
@@ -54,7 +65,7 @@ impl KeptStates {
         let file = SharedFile::create("dormouse-page-states", bytes)?;
         let written = file.write(0, &header.encode());
         debug_assert!(written);
-        Ok(Self::in_memory(file, header.cells, 0))
+        Ok(Self::in_memory(file, header.cells, Left::default()))
     }
 
     /// Takes up those that a process which is gone, or about to be, has left in `file`. Waits up to `patience` for its
@@ -73,21 +84,30 @@ impl KeptStates {
         }
         let header = Header::decode(&header, file.bytes())?;
         header.check(&Header::of(plan, memory, image))?;
-        let settled = recover(&file, header.cells)?;
-        Ok(Self::in_memory(file, header.cells, settled))
+        let left = recover(&file, header.cells)?;
+        Ok(Self::in_memory(file, header.cells, left))
     }
 
-    fn in_memory(file: SharedFile, cells: u64, settled: u64) -> Self {
+    fn in_memory(file: SharedFile, cells: u64, left: Left) -> Self {
         // The kernel must be able to write there at any time, also on behalf of a process that is being killed.
         if let Err(error) = file.keep_in_memory(EVENTS_AT, EVENTS_BYTES as u64) {
             tracing::debug!(%error, "the page for events cannot be locked in memory");
         }
-        KeptStates { file: Arc::new(file), cells, settled }
+        KeptStates { file: Arc::new(file), cells, left: Arc::new(left) }
     }
 
     /// For whoever keeps them beyond this process.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// The image pages that were installed when this was opened; none if they are more than a working set.
+    pub fn installed(&self, plan: &Plan) -> Vec<Range<u64>> {
+        let cells = self.left.installed.iter().cloned().flatten();
+        cells
+            .filter_map(|cell| plan.pages_of(Cell(cell)))
+            .map(|run| run.first.0..run.first.0 + run.pages)
+            .collect()
     }
 
     /// Pages.
@@ -97,7 +117,7 @@ impl KeptStates {
 
     /// Pages that needed nothing any more when this was opened.
     pub(crate) fn settled(&self) -> u64 {
-        self.settled
+        self.left.settled
     }
 
     pub(crate) fn cell(&self, cell: u64) -> Option<&AtomicU8> {
@@ -120,9 +140,9 @@ impl KeptStates {
     }
 }
 
-/// Brings all states to where they can be gone on from; how many are settled.
-fn recover(file: &SharedFile, cells: u64) -> Result<u64, KeptStatesError> {
-    let mut settled = 0;
+/// Brings all states to where they can be gone on from.
+fn recover(file: &SharedFile, cells: u64) -> Result<Left, KeptStatesError> {
+    let (mut left_behind, mut installed) = (Left::default(), 0);
     for range in file.written(STATES_AT)? {
         for at in range.start..range.end.min(STATES_AT + cells) {
             let Some(byte) = file.byte(at) else { break };
@@ -131,10 +151,23 @@ fn recover(file: &SharedFile, cells: u64) -> Result<u64, KeptStatesError> {
             if state as u8 != left {
                 byte.store(state as u8, Ordering::Release);
             }
-            settled += u64::from(state.is_settled());
+            left_behind.settled += u64::from(state.is_settled());
+            if state != PageState::Installed {
+                continue;
+            }
+            installed += 1;
+            let cell = at - STATES_AT;
+            match left_behind.installed.last_mut() {
+                Some(run) if run.end == cell => run.end = cell + 1,
+                _ if installed <= WORKING_SET_PAGES_MAX => left_behind.installed.push(cell..cell + 1),
+                _ => {}
+            }
         }
     }
-    Ok(settled)
+    if installed > WORKING_SET_PAGES_MAX {
+        left_behind.installed.clear();
+    }
+    Ok(left_behind)
 }
 
 #[cfg(test)]

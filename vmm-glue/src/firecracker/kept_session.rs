@@ -12,7 +12,7 @@ use super::handshake::{Handshake, Peer};
 use super::regions::Region;
 use super::session::{From, Refusal, Session, SessionError, SessionOptions};
 use super::tracking::Tracking;
-use super::vmm_process::VmmProcess;
+use super::vmm_process::{VmmProcess, VmmProcessError};
 use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord};
 use crate::opened::Opened;
 
@@ -51,7 +51,7 @@ impl Session {
     }
 
     /// As [`Session::wake`] and [`Session::start_kept`]. A process that takes the VM over does so without the stream,
-    /// and records nothing.
+    /// and goes on with the record that is noted in `tracking`.
     ///
     /// # Errors
     /// As [`Session::start_kept`].
@@ -65,8 +65,10 @@ impl Session {
         Self::begin(handshake, From::Opened(Box::new(opened.clone()), tracking), options, Keeping::With(keep))
     }
 
-    /// Goes on with a VM that another process served, and has left to `keeper`. `source` is the memory image of
-    /// `kept.record.snapshot`, opened by [`KeptSnapshot::open`]; `kept.record.options` says how the VM was served.
+    /// Goes on with a VM that another process served, and has left to `keeper`. `opened` is `kept.record.snapshot`,
+    /// opened by [`KeptSnapshot::open`]; `kept.record.options` says how the VM was served. What that process had noted in
+    /// `tracking` of first touches is gone on with, as far as its window and its bound allow; where it had noted nothing,
+    /// nothing is recorded.
     ///
     /// Waits, up to half a minute, for the other process's last threads to be gone.
     ///
@@ -75,9 +77,10 @@ impl Session {
     /// released.
     pub fn readopt(
         kept: KeptVm,
-        source: Arc<dyn PageSource>,
+        opened: &Opened,
         options: SessionOptions,
         keeper: Arc<dyn Keeper>,
+        tracking: Option<Tracking>,
     ) -> Result<Self, Box<Refusal>> {
         let peer = Peer { pid: kept.record.pid, uid: kept.record.uid };
         let id = kept.record.id.clone();
@@ -92,10 +95,23 @@ impl Session {
         };
         let keeping = Keeping::Taken { keeper, id, states: kept.states, snapshot: kept.record.snapshot };
         let memory = (kept.uffd, kept.record.regions);
-        Self::start_for(memory, process.clone(), From::Source(source), options, keeping).map_err(|error| {
+        let from = From::Another(Box::new(opened.clone()), tracking);
+        Self::start_for(memory, process.clone(), from, options, keeping).map_err(|error| {
             let process = Arc::into_inner(process);
             Box::new(Refusal { error, peer, process })
         })
+    }
+}
+
+impl KeptVm {
+    /// Its process, if that is still there.
+    ///
+    /// # Errors
+    /// [`VmmProcessError`].
+    pub fn vmm(&self) -> Result<VmmProcess, VmmProcessError> {
+        let peer = Peer { pid: self.record.pid, uid: self.record.uid };
+        let pidfd = self.process.try_clone().map_err(|source| VmmProcessError::Io { peer, source })?;
+        VmmProcess::of_pidfd(pidfd, peer)
     }
 }
 

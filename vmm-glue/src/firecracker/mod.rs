@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod capture;
+mod earlier;
 pub mod handshake;
 pub mod http;
 pub mod incoming;
@@ -18,7 +19,10 @@ pub(crate) mod patient;
 pub mod process;
 pub mod regions;
 pub mod session;
+mod shown;
 pub mod tracking;
+pub mod under_way;
+pub mod vcpus;
 pub mod vmm_process;
 mod watch;
 

@@ -5,18 +5,17 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
-use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
     CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageByPage, PageSize, PageSource,
-    Plan, PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle, Retry, TimelineReport,
-    UffdError, VmStopped, WORKING_SET_PAGES_MAX,
+    PlanError, Policy, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
+    WORKING_SET_PAGES_MAX,
 };
 
+use super::earlier::{Earlier, go_on_recording};
 use super::handshake::{Handshake, Peer};
 use super::kept_session::{Keeping, Kept};
-use super::patient::Patient;
 use super::regions::{self, Region};
+use super::shown::{announced, check_size, plan};
 use super::tracking::Tracking;
 use super::vmm_process::{VmmProcess, VmmProcessError};
 use super::watch::{Measured, Watch, Watching};
@@ -153,6 +152,8 @@ pub struct SessionReport {
 pub(super) enum From {
     Source(Arc<dyn PageSource>),
     Opened(Box<Opened>, Option<Tracking>),
+    /// As another process did, which noted what it saw.
+    Another(Box<Opened>, Option<Tracking>),
 }
 
 impl Session {
@@ -212,8 +213,14 @@ impl Session {
         let huge = regions.iter().any(|r| r.page_size == regions::PageSize::Huge);
         let page_size = if huge { PageSize::Huge } else { PageSize::Small };
         let record = !options.record_window.is_zero();
+        let mut earlier = None;
         let (mut source, waking) = match from {
             From::Source(source) => (source, None),
+            From::Another(opened, tracking) => {
+                let source = opened.image();
+                earlier = Earlier::of(&process, opened, tracking);
+                (source, None)
+            }
             From::Opened(opened, tracking) => {
                 check_size(&*opened.image(), &regions)?;
                 let stream = options.prefetch && !options.page_by_page;
@@ -232,11 +239,22 @@ impl Session {
         let kept = keeping.states(&plan, &memory, &regions, &process, options)?;
         let killed = Arc::new(Mutex::new(None));
         let fail_closed = fail_closed(options.on_failure, process.clone(), killed.clone());
+        if let (Some(earlier), Some((states, _))) = (&mut earlier, &kept)
+            && earlier.record.unfilled
+        {
+            earlier.installed = states.installed(&plan);
+        }
+        let (record_pages, record_window) = match (&earlier, &kept) {
+            (Some(earlier), _) => (earlier.pages, earlier.window),
+            // Without the first of them the others say little.
+            (None, Some((_, kept))) if !kept.is_new => (0, Duration::ZERO),
+            _ => (WORKING_SET_PAGES_MAX, options.record_window),
+        };
         let policy = Policy {
             retry: options.retry,
             fail_closed,
-            record_pages: WORKING_SET_PAGES_MAX as usize,
-            record_window: options.record_window,
+            record_pages: record_pages as usize,
+            record_window,
             ..Policy::default()
         };
         let (handle, kept) = match kept {
@@ -266,9 +284,16 @@ impl Session {
                 watch = Some(watched.start()?);
             }
         }
+        let mut fill_later = false;
+        if let Some(earlier) = earlier {
+            // Filled already, or about to be: then there is nothing to be seen any more.
+            fill_later = prefetch && earlier.record.unfilled && !earlier.is_over();
+            let unfilled = earlier.record.unfilled && (fill_later || !prefetch);
+            watch = Some(go_on_recording(earlier, page_size, (unfilled, fill_later), &handle, &process)?);
+        }
         match streaming {
             Some(streaming) if prefetch && !record => fill_behind(streaming, Arc::downgrade(&handle))?,
-            None if prefetch => handle.fill_all(),
+            None if prefetch && !fill_later => handle.fill_all(),
             _ => {}
         }
         Ok(Self { handle, process, killed, image_bytes, kept, watch })
@@ -352,16 +377,6 @@ fn fill_behind(streaming: JoinHandle<()>, handle: Weak<RestoreHandle>) -> Result
     Builder::new().name("dm-fill-behind".into()).spawn(run).map(drop).map_err(RestoreError::Start)
 }
 
-fn check_size(source: &dyn PageSource, regions: &[Region]) -> Result<(), SessionError> {
-    let image_bytes = source.page_count().0 * PAGE_BYTES as u64;
-    let given_bytes = regions.iter().map(|r| r.bytes).fold(0, u64::saturating_add);
-    if given_bytes == image_bytes {
-        Ok(())
-    } else {
-        Err(SessionError::WrongSize { given_bytes, image_bytes })
-    }
-}
-
 /// A [`Session::detach`] that could not be done; the VM is served as before.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
@@ -396,30 +411,6 @@ impl Session {
                 Err(Box::new(StillServed { session, error }))
             }
         }
-    }
-}
-
-/// The plan for `regions`, which must show the whole image.
-fn plan(source: Arc<dyn PageSource>, regions: &[Region]) -> Result<Plan, SessionError> {
-    check_size(&*source, regions)?;
-    let spec = |r: &Region| RegionSpec {
-        image_first: PageIndex(r.offset / PAGE_BYTES as u64),
-        pages: PageCount(r.bytes / PAGE_BYTES as u64),
-        page_size: page_size(r.page_size),
-    };
-    Ok(Plan::new(Arc::new(Patient(source)), &regions.iter().map(spec).collect::<Vec<_>>())?)
-}
-
-fn announced(regions: &[Region]) -> Vec<AnnouncedRegion> {
-    let announce =
-        |r: &Region| AnnouncedRegion { address: r.host, bytes: r.bytes, page_size: page_size(r.page_size) };
-    regions.iter().map(announce).collect()
-}
-
-fn page_size(size: regions::PageSize) -> PageSize {
-    match size {
-        regions::PageSize::Small => PageSize::Small,
-        regions::PageSize::Huge => PageSize::Huge,
     }
 }
 

@@ -117,13 +117,17 @@ impl Tracking {
         })
     }
 
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Where [`Tracking::note_session`] writes for `process`: it can be removed once that has ended.
     pub(super) fn session_path(&self, process: &VmmProcess) -> Option<PathBuf> {
         self.path(process, "session")
     }
 
     /// A process's file: numbers are used again, so its start and this boot belong to its name.
-    fn path(&self, process: &VmmProcess, kind: &str) -> Option<PathBuf> {
+    pub(super) fn path(&self, process: &VmmProcess, kind: &str) -> Option<PathBuf> {
         let pid = process.peer().pid;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The second field may hold anything, parentheses included; the start is the 22nd, 20th after it.

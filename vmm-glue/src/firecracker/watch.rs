@@ -42,9 +42,12 @@ pub(super) struct Watch {
     recording: Recording,
     begun: Instant,
     window: Duration,
+    /// How much of a longer window was over before.
+    before: Duration,
     handle: Arc<RestoreHandle>,
     process: Arc<VmmProcess>,
     complete: bool,
+    unfilled: bool,
     rebuilds: bool,
     fill_after: bool,
     /// Where it is noted for other processes.
@@ -55,17 +58,36 @@ pub(super) struct Watch {
 /// A watch on a thread of its own, which ends with its window.
 #[derive(Debug)]
 pub(super) struct Watching {
-    ended: Sender<()>,
-    thread: JoinHandle<Option<Record>>,
+    by: By,
     noted_in: Option<PathBuf>,
 }
 
+#[derive(Debug)]
+enum By {
+    Thread {
+        ended: Sender<()>,
+        thread: JoinHandle<Option<Record>>,
+    },
+    /// An earlier process, whose window was over.
+    Another(Box<Record>),
+}
+
 impl Watching {
+    /// What an earlier process has recorded in all of its window: nothing is added to it.
+    pub(super) fn over(record: Record, process: &VmmProcess, tracking: &Tracking) -> Self {
+        Watching { by: By::Another(Box::new(record)), noted_in: tracking.session_path(process) }
+    }
+
     /// The VM is gone, or goes its own way: what was recorded.
     pub(super) fn end(self) -> Option<Record> {
-        drop(self.ended);
-        // A thread that panicked has said so on its own.
-        let record = self.thread.join().ok().flatten();
+        let record = match self.by {
+            By::Another(record) => Some(*record),
+            By::Thread { ended, thread } => {
+                drop(ended);
+                // A thread that panicked has said so on its own.
+                thread.join().ok().flatten()
+            }
+        };
         if let Some(path) = self.noted_in {
             // It may never have been written.
             let _ = fs::remove_file(path);
@@ -87,9 +109,11 @@ impl Watch {
             recording,
             begun: Instant::now(),
             window,
+            before: Duration::ZERO,
             handle,
             process,
             complete: false,
+            unfilled: false,
             rebuilds: false,
             fill_after: false,
             tracking: None,
@@ -97,9 +121,19 @@ impl Watch {
         }
     }
 
+    /// How much of the VM's window was over before this one begins, in the hands of another process.
+    pub(super) fn begun_before(self, before: Duration) -> Self {
+        Self { before, ..self }
+    }
+
     /// Whether no background fill hides first touches.
     pub(super) fn complete(self, complete: bool) -> Self {
-        Self { complete, ..self }
+        Self { complete, unfilled: complete, ..self }
+    }
+
+    /// Whether that is so although not all was seen.
+    pub(super) fn unfilled(self, unfilled: bool) -> Self {
+        Self { unfilled, ..self }
     }
 
     /// Whether a better stream is made if one can be.
@@ -121,7 +155,8 @@ impl Watch {
         let noted_in = self.tracking.as_ref().and_then(|t| t.session_path(&self.process));
         let (sender, ended) = channel();
         let thread = Builder::new().name("dm-watch".into()).spawn(move || self.run(&ended));
-        Ok(Watching { ended: sender, thread: thread.map_err(RestoreError::Start)?, noted_in })
+        let by = By::Thread { ended: sender, thread: thread.map_err(RestoreError::Start)? };
+        Ok(Watching { by, noted_in })
     }
 
     fn run(mut self, ended: &Receiver<()>) -> Option<Record> {
@@ -184,7 +219,11 @@ impl Watch {
 
     fn record(&self) -> Option<Record> {
         match self.recording.so_far(&self.handle) {
-            Ok(session) => Some(Record::new(self.opened.snapshot(), self.window, self.complete, session)),
+            Ok(session) => {
+                let (so_far, whole) = (self.begun.elapsed().min(self.window), self.before + self.window);
+                let record = Record::new(self.opened.snapshot(), whole, self.complete, session);
+                Some(record.of_part(self.before + so_far, self.unfilled))
+            }
             Err(why) => {
                 tracing::info!(%why, "the working set could not be recorded");
                 None

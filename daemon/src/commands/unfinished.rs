@@ -1,0 +1,98 @@
+//! A standby whose process was killed between the capture and the end: what is left of it is done.
+
+use dormouse_chunkstore::{Store, StreamReport};
+use dormouse_core::Name;
+use dormouse_vmm_glue::{
+    firecracker::{
+        VmmProcess,
+        tracking::Tracking,
+        under_way::{Left, StandbyNote, StandbyUnderWay},
+    },
+    opened::build_predicted_stream,
+};
+
+use super::standby::{Document, StandbyArgs, VMSTATE, end};
+use crate::failure::Failure;
+
+/// A standby that was left behind, held so that nobody else finishes it.
+#[derive(Debug)]
+pub(crate) struct Unfinished {
+    pub(crate) note: StandbyNote,
+    pub(crate) left: Left,
+    under_way: StandbyUnderWay,
+}
+
+impl Unfinished {
+    /// What was left behind of `process`, if anything was.
+    ///
+    /// # Errors
+    /// The store cannot be asked, so nobody can tell: the guest is left as it is.
+    pub(crate) fn of(
+        process: &VmmProcess,
+        tracking: &Tracking,
+        store: &Store,
+    ) -> Result<Option<Self>, Failure> {
+        let left_behind = tracking.standby_left(process);
+        left_behind.map(|(under_way, note)| Self::judge(under_way, note, process, store)).transpose()
+    }
+
+    /// The same of a note at hand.
+    pub(crate) fn judge(
+        under_way: StandbyUnderWay,
+        note: StandbyNote,
+        process: &VmmProcess,
+        store: &Store,
+    ) -> Result<Self, Failure> {
+        let left = note.left(process, store, VMSTATE)?;
+        Ok(Unfinished { note, left, under_way })
+    }
+
+    /// What is answered once its VM has ended; `None` if that is not what is left to do.
+    pub(crate) fn answer(&self) -> Option<Document> {
+        let (Left::End { snapshot }, Some(captured)) = (&self.left, &self.note.captured) else { return None };
+        let answer = serde_json::from_value::<Document>(captured.answer.clone());
+        let answer =
+            answer.inspect_err(|why| tracing::error!(%why, "the note of a standby makes no sense")).ok()?;
+        Some(answer.finished_later(snapshot))
+    }
+
+    /// Ends the VM; and its snapshot gets a resume stream, if one can be made.
+    pub(crate) fn end(
+        self,
+        process: &VmmProcess,
+        tracking: &Tracking,
+        store: &Store,
+    ) -> Result<Option<StreamReport>, Failure> {
+        let session = tracking.session_of(process);
+        end(process)?;
+        self.under_way.done();
+        // What was written in the session is known no more; what was touched is the larger part.
+        let stream = Name::new(&self.note.name)
+            .ok()
+            .map(|name| build_predicted_stream(store, &name, session.as_ref().map(|r| &r.session), &[]));
+        Ok(stream.and_then(Result::ok).flatten())
+    }
+
+    /// Nothing is left to do.
+    pub(crate) fn done(self) {
+        self.under_way.done();
+    }
+}
+
+/// Does what is left of an earlier standby of `process`, if that is what `args` ask for.
+pub(crate) fn finish(
+    args: &StandbyArgs,
+    process: &VmmProcess,
+    tracking: &Tracking,
+    store: &Store,
+) -> Result<Option<Document>, Failure> {
+    match Unfinished::of(process, tracking, store)? {
+        Some(unfinished) if unfinished.note.name == args.name.as_str() && !args.keep_running => {
+            let Some(mut document) = unfinished.answer() else { return Ok(None) };
+            document.stream = unfinished.end(process, tracking, store)?;
+            Ok(Some(document))
+        }
+        // The guest is captured as it is now, by a standby that takes this one's place.
+        _ => Ok(None),
+    }
+}
