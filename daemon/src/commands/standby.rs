@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     io::{self, Write},
+    ops::Range,
     os::unix::net::UnixStream,
     path::PathBuf,
     time::{Duration, Instant},
@@ -201,7 +202,11 @@ pub(crate) fn perform(
         end(&process)?;
     }
     let (end_us, streaming) = (micros(ending.elapsed()), Instant::now());
-    let stream = predicted_stream(&store, &args.name, session.as_ref(), &captured);
+    let dirtied = match captured.kind {
+        SnapshotKind::Diff => captured.memory.written_pages().unwrap_or_default(),
+        SnapshotKind::Full => Vec::new(),
+    };
+    let stream = predicted_stream(&store, &args.name, session.as_ref(), &dirtied);
     let times = captured.times;
     Ok(Document {
         name: args.name.to_string(),
@@ -313,17 +318,13 @@ fn request(args: &StandbyArgs, choice: &Choice, captured: &Capture) -> Result<Im
 }
 
 /// Stores the new snapshot's resume stream. The snapshot is durable and whole without it, so nothing here fails.
-fn predicted_stream(
+pub(super) fn predicted_stream(
     store: &Store,
     name: &Name,
     session: Option<&Record>,
-    captured: &Capture,
+    dirtied: &[Range<u64>],
 ) -> Option<StreamReport> {
-    let dirtied = match captured.kind {
-        SnapshotKind::Diff => captured.memory.written_pages().unwrap_or_default(),
-        SnapshotKind::Full => Vec::new(),
-    };
-    let built = build_predicted_stream(store, name, session.map(|r| &r.session), &dirtied);
+    let built = build_predicted_stream(store, name, session.map(|r| &r.session), dirtied);
     built.unwrap_or_else(|why| {
         tracing::warn!(%why, "the snapshot is durable, but has no resume stream: it wakes more slowly");
         None

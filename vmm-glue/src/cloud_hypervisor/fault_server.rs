@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use dormouse_restore::SessionRecord;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::counts::{FaultCounts, ImageReport};
 use super::on_demand::{OnDemand, ProvideError};
 use super::protocol::Response;
 use super::wire::{FaultRequest, Wire, WireError};
+use crate::firecracker::VmmProcess;
 
 /// How often it is looked whether the VMM has asked for a page.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
@@ -33,6 +35,8 @@ pub enum FaultError {
 pub struct FaultServer {
     memory: Arc<OnDemand>,
     connection: UnixStream,
+    /// Only for what is remembered of it.
+    process: Option<Arc<VmmProcess>>,
     thread: JoinHandle<Result<(), FaultError>>,
 }
 
@@ -47,6 +51,12 @@ pub struct OnDemandReport {
     pub killed_because: Option<String>,
     /// What was wrong with its requests, if anything.
     pub error: Option<String>,
+    /// What the VM touched first, if that can be told.
+    #[serde(skip)]
+    pub session: Option<SessionRecord>,
+    /// The VMM.
+    #[serde(skip)]
+    pub process: Option<Arc<VmmProcess>>,
 }
 
 impl FaultServer {
@@ -63,7 +73,8 @@ impl FaultServer {
             let _ = wire.stream().shutdown(Shutdown::Both);
             done
         })?;
-        Ok(Self { memory, connection, thread })
+        let process = VmmProcess::of(&connection).ok().map(Arc::new);
+        Ok(Self { memory, connection, process, thread })
     }
 
     /// Waits until the VMM has asked for a page; false if it hangs up before, or has not within `patience`.
@@ -88,6 +99,7 @@ impl FaultServer {
     pub fn finish(self) -> OnDemandReport {
         // Also while a page is waited for that does not come.
         while !hung_up(&self.connection) && !self.thread.is_finished() {}
+        let session = self.memory.session();
         self.memory.end();
         let error = match self.thread.join() {
             Ok(Ok(()) | Err(FaultError::Provide(ProvideError::Ended))) => None,
@@ -99,6 +111,8 @@ impl FaultServer {
             images: self.memory.images(),
             killed_because: self.memory.ended_because(),
             error,
+            session,
+            process: self.process,
         }
     }
 }
