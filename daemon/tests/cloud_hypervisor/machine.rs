@@ -50,6 +50,8 @@ impl Machine {
         let log = File::create(directory.join(format!("{name}.log"))).unwrap();
         let mut command = Command::new(binary);
         command.arg("--api-socket").arg(&api).args(args).stdin(Stdio::null());
+        // Its filter of system calls does not foresee backtraces.
+        command.env_remove("RUST_BACKTRACE");
         command.stdout(log.try_clone().unwrap()).stderr(log);
         let mut machine = Machine { process: command.spawn().unwrap(), api };
         let deadline = Instant::now() + PATIENCE;

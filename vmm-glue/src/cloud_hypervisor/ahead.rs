@@ -82,10 +82,8 @@ impl OnDemand {
         record.inspect_err(|why| tracing::info!(%why, "the working set could not be recorded")).ok()
     }
 
-    /// Prefetches what the first pages left, if that waited for them.
-    pub(super) fn prefetch_rest(&self) {
-        if lock(&self.ahead.pouring).is_some() {
-            self.prefetch();
-        }
+    /// Whether the VM has a resume stream, and so its working set. What that leaves is not prefetched yet.
+    pub(super) fn has_first_pages(&self) -> bool {
+        lock(&self.ahead.pouring).is_some()
     }
 }

@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::counts::{FaultCounts, ImageReport};
 use super::on_demand::{OnDemand, ProvideError};
+use super::pace::{EASED, Pace};
 use super::protocol::Response;
 use super::wire::{FaultRequest, Wire, WireError};
 use crate::firecracker::VmmProcess;
@@ -118,10 +119,21 @@ impl FaultServer {
 }
 
 fn answer(memory: &OnDemand, wire: &Wire) -> Result<(), FaultError> {
+    let (mut pace, begun) = (Pace::default(), Instant::now());
+    let mut eased = memory.has_first_pages();
     loop {
         match wire.fault_request()? {
             Some(FaultRequest::Pages(range)) => match memory.provide(range) {
-                Ok(()) => wire.respond(Response::Ok)?,
+                Ok(touched) => {
+                    let since = begun.elapsed();
+                    if let Some(rest) = pace.rest(touched, since).filter(|_| eased) {
+                        std::thread::sleep(rest);
+                    } else if eased && since >= EASED {
+                        memory.prefetch();
+                        eased = false;
+                    }
+                    wire.respond(Response::Ok)?;
+                }
                 Err(ProvideError::Ended) => return Err(ProvideError::Ended.into()),
                 Err(error) => {
                     // On this the VMM ends.

@@ -24,6 +24,7 @@
 //! | [`wake`] | waking it, eagerly or on demand |
 //! | [`on_demand`] | its memory, page by page, through `dormouse-restore` |
 //! | `ahead` | what a VM is given before it asks |
+//! | `pace` | how fast a VMM that goes through its memory is answered: pure |
 //! | `shown` | pages that the VMM has before it asks for any |
 //! | [`learned`] | what a session teaches for the next one |
 //! | `touched` | what the guest touched, from the order in which its VMM asks: pure |
@@ -38,6 +39,7 @@ pub mod fault_server;
 pub mod learned;
 pub mod memory;
 pub mod on_demand;
+mod pace;
 pub mod protocol;
 pub mod receive;
 pub mod send;

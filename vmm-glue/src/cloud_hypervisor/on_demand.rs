@@ -225,11 +225,12 @@ impl OnDemand {
         self.counts.now()
     }
 
-    /// Puts the pages of `range` into their memory file, if they are not there, waiting for as long as it takes.
+    /// Puts the pages of `range` into their memory file, if they are not there, waiting for as long as it takes. Whether
+    /// the guest is known to wait for them.
     ///
     /// # Errors
     /// [`ProvideError`]: they are not all there.
-    pub fn provide(&self, range: GuestRange) -> Result<(), ProvideError> {
+    pub fn provide(&self, range: GuestRange) -> Result<bool, ProvideError> {
         self.counts.requests.fetch_add(1, Ordering::AcqRel);
         let holds = |s: &&ServedSlot| {
             let end = s.at.address + s.at.bytes;
@@ -240,11 +241,13 @@ impl OnDemand {
         let first = (range.address - slot.at.address) / PAGE;
         let pages = range.length / PAGE;
         self.counts.pages.fetch_add(pages, Ordering::AcqRel);
-        if lock(&self.touches).asked(number, first) {
+        let touched = lock(&self.touches).asked(number, first);
+        if touched {
             let page = PageIndex(slot.at.file_offset / PAGE + first);
             self.running(slot, |running| running.handle.note_touch(page))?;
         }
-        (first..first + pages).try_for_each(|page| self.provide_page(slot, page))
+        (first..first + pages).try_for_each(|page| self.provide_page(slot, page))?;
+        Ok(touched)
     }
 
     fn provide_page(&self, slot: &ServedSlot, page: u64) -> Result<(), ProvideError> {

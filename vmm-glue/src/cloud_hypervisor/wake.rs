@@ -127,6 +127,5 @@ fn send_on_demand(
     note("asked");
     sender.complete(run)?;
     note("complete");
-    memory.prefetch_rest();
     Ok(server)
 }
