@@ -16,7 +16,7 @@ use crate::opened::Waking;
 /// How often it is looked whether the first pages are there.
 const LOOK_INTERVAL: Duration = Duration::from_micros(100);
 /// How long the guest waits for its first pages: a store that is slower gives them as they are asked for.
-const FIRST_PAGES_PATIENCE: Duration = Duration::from_secs(1);
+const FIRST_PAGES_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What comes before the VM asks.
 #[derive(Default)]
@@ -51,9 +51,13 @@ impl OnDemand {
         Ok(memory)
     }
 
-    /// Shows what is there to the VMM of process `pid`, which has mapped the memory files and does not guard them yet; of
-    /// a VM with a resume stream, once all of that is there. How many pages that are.
+    /// Shows the pages of its resume stream, once they are there, to the VMM of process `pid`, which has mapped the memory
+    /// files and does not guard them yet. How many pages that are; without a stream none, as it would not be seen whether
+    /// the guest touches them.
     pub fn show(&self, pid: i32) -> u64 {
+        if !self.has_first_pages() {
+            return 0;
+        }
         let deadline = Instant::now() + FIRST_PAGES_PATIENCE;
         let pouring = lock(&self.ahead.pouring);
         while pouring.as_ref().is_some_and(|p| !p.is_finished()) && Instant::now() < deadline {
