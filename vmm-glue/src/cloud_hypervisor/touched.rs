@@ -20,7 +20,7 @@ struct Asked {
 
 impl Asked {
     fn has(&self, page: u64) -> bool {
-        self.bits.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 == 1)
+        self.bits.get((page / 64) as usize).is_some_and(|word| (word >> (page % 64)) & 1 == 1)
     }
 
     /// The next page in order; `None` at the end.

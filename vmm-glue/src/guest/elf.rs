@@ -56,10 +56,10 @@ fn entry(entry32: &[u8]) -> Vec<u8> {
     DESCRIPTORS.iter().for_each(|d| out.extend_from_slice(&d.to_le_bytes()));
     out.resize(at(pvh::TABLES_ADDR), 0);
     for level in [1, 2] {
-        out.extend_from_slice(&(pvh::TABLES_ADDR + level * PAGE | TABLE).to_le_bytes());
+        out.extend_from_slice(&((pvh::TABLES_ADDR + level * PAGE) | TABLE).to_le_bytes());
         out.resize(at(pvh::TABLES_ADDR + level * PAGE), 0);
     }
-    (0..512).for_each(|page: u64| out.extend_from_slice(&(page * LARGE_PAGE | LARGE).to_le_bytes()));
+    (0..512).for_each(|page: u64| out.extend_from_slice(&((page * LARGE_PAGE) | LARGE).to_le_bytes()));
     out
 }
 
@@ -142,6 +142,6 @@ mod tests {
         assert_eq!(elf[entry..entry + entry32.len()], *entry32);
         // The last of 512 large pages, in the third table.
         let tables = entry + (pvh::TABLES_ADDR - pvh::ENTRY_ADDR) as usize;
-        assert_eq!(word(&elf, tables + 3 * 4096 - 8), 511 * LARGE_PAGE | LARGE);
+        assert_eq!(word(&elf, tables + 3 * 4096 - 8), (511 * LARGE_PAGE) | LARGE);
     }
 }
