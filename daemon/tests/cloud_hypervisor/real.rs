@@ -73,13 +73,17 @@ fn a_guest_of_the_real_vmm_sleeps_and_wakes_on_demand_and_the_second_time_has_it
     let pages = super::machine::MEMORY_MIB * 256;
     assert_eq!(asked["requests"], pages, "the VMM asks for each page once");
     drop(machine);
-    assert_eq!(asked["shown"], 0, "nothing is known of it yet");
-    // What it touched before the VMM came past it is shown to the next one before it asks.
-    let stream = bed.scene.done("home", &["show", "one"])["stream"]["pages"].as_u64().unwrap();
+    // What it touched before the VMM came past it is shown to the next one before it asks; without any such, what was
+    // prefetched by then.
+    let stream = bed.scene.done("home", &["show", "one"])["stream"]["pages"].as_u64();
     let (machine, asked) = bed.wake("second", "one");
     assert_eq!(asked["requests"], pages);
     let shown = asked["shown"].as_u64().unwrap();
-    assert!((1..=stream).contains(&shown), "{shown} pages of {stream} were shown before the VMM asked");
+    assert!(shown > 0, "nothing was shown before the VMM asked");
+    assert!(
+        stream.is_none_or(|stream| shown <= stream),
+        "{shown} pages were shown of a stream of {stream:?}"
+    );
     drop(machine);
 }
 

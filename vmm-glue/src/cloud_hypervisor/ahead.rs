@@ -51,13 +51,9 @@ impl OnDemand {
         Ok(memory)
     }
 
-    /// Shows the pages of its resume stream, once they are there, to the VMM of process `pid`, which has mapped the memory
-    /// files and does not guard them yet. How many pages that are; without a stream none, as it would not be seen whether
-    /// the guest touches them.
+    /// Shows what is there to the VMM of process `pid`, which has mapped the memory files and does not guard them yet; of
+    /// a VM with a resume stream, once all of that is there. How many pages that are.
     pub fn show(&self, pid: i32) -> u64 {
-        if !self.has_first_pages() {
-            return 0;
-        }
         let deadline = Instant::now() + FIRST_PAGES_PATIENCE;
         let pouring = lock(&self.ahead.pouring);
         while pouring.as_ref().is_some_and(|p| !p.is_finished()) && Instant::now() < deadline {
