@@ -60,9 +60,11 @@ fn prefetched_pages_are_answered_at_once() {
     awake.verify(2);
     awake.end(true).unwrap();
     let report = server.finish();
-    assert_eq!(report.asked.requests, PAGES);
-    assert!(report.asked.fetches <= 1, "all but the first page was there: {report:?}");
-    assert!(report.asked.present >= PAGES - 1);
+    // What was there before the VMM began to ask was shown to it, and is not asked for.
+    let asked = report.asked;
+    assert!(asked.requests <= PAGES && asked.requests + asked.shown >= PAGES, "{report:?}");
+    assert!(asked.fetches <= 1, "all but the first page was there: {report:?}");
+    assert!(asked.present + 1 >= asked.requests, "{report:?}");
 }
 
 #[test]
