@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse_core::page::PageIndex;
 
@@ -229,6 +229,11 @@ impl RestoreHandle {
     /// The pages touched first, in order, as far as they faulted and the window lasts.
     pub fn record(&self) -> WorkingSet {
         lock(&self.core.recorder).so_far()
+    }
+
+    /// Notes that `page` was touched, for whoever learns of touches otherwise than by faults on this memory.
+    pub fn note_touch(&self, page: PageIndex) {
+        lock(&self.core.recorder).touched(page, Instant::now());
     }
 
     /// Phases and latencies so far.

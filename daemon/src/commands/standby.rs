@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::unix::net::UnixStream,
     path::PathBuf,
     time::{Duration, Instant},
@@ -208,7 +209,11 @@ pub(crate) fn perform(
     document.phases.end_us = micros(ending.elapsed());
     traced.over("end");
     let streaming = Instant::now();
-    document.stream = predicted_stream(&store, &args.name, session.as_ref(), &captured);
+    let dirtied = match captured.kind {
+        SnapshotKind::Diff => captured.memory.written_pages().unwrap_or_default(),
+        SnapshotKind::Full => Vec::new(),
+    };
+    document.stream = predicted_stream(&store, &args.name, session.as_ref(), &dirtied);
     document.phases.stream_us = micros(streaming.elapsed());
     traced.over("stream");
     document.tell();
@@ -359,17 +364,13 @@ fn request(
 }
 
 /// Stores the new snapshot's resume stream. The snapshot is durable and whole without it, so nothing here fails.
-fn predicted_stream(
+pub(super) fn predicted_stream(
     store: &Store,
     name: &Name,
     session: Option<&Record>,
-    captured: &Capture,
+    dirtied: &[Range<u64>],
 ) -> Option<StreamReport> {
-    let dirtied = match captured.kind {
-        SnapshotKind::Diff => captured.memory.written_pages().unwrap_or_default(),
-        SnapshotKind::Full => Vec::new(),
-    };
-    let built = build_predicted_stream(store, name, session.map(|r| &r.session), &dirtied);
+    let built = build_predicted_stream(store, name, session.map(|r| &r.session), dirtied);
     built.unwrap_or_else(|why| {
         tracing::warn!(%why, "the snapshot is durable, but has no resume stream: it wakes more slowly");
         None

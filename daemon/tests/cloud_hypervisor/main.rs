@@ -2,8 +2,10 @@
 //! Hypervisor's API and its part of the offload protocol, both written from its documents.
 #![expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 
+mod machine;
 #[path = "../../../vmm-glue/tests/cloud_hypervisor/peer.rs"]
 mod peer;
+mod real;
 mod sockets;
 #[path = "../../../vmm-glue/tests/cloud_hypervisor/sys.rs"]
 mod sys;

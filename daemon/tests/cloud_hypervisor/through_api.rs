@@ -22,7 +22,7 @@ fn a_vm_sleeps_and_wakes_in_another_process_for_three_generations() {
     assert_eq!((&woken["memory"], &woken["running"]), (&"on-demand".into(), &true.into()));
     let phases: Vec<_> =
         woken["phases"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
-    assert_eq!(phases, ["open", "start", "config", "state", "asked", "complete"]);
+    assert_eq!(phases, ["open", "start", "config", "shown", "state", "asked", "complete"]);
     vmm.wait_for("verified");
     // The command ended when the VM had all it needs.
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();

@@ -26,6 +26,7 @@ pub(super) struct Counts {
     pub(super) given_back: AtomicU64,
     pub(super) fetches: AtomicU64,
     pub(super) retries: AtomicU64,
+    pub(super) shown: AtomicU64,
 }
 
 /// What the VMM asked for, in counts.
@@ -43,6 +44,8 @@ pub struct FaultCounts {
     pub fetches: u64,
     /// Locates and fetches repeated after an error.
     pub retries: u64,
+    /// Pages that the VMM showed its guest before it asked for any: none of these is waited for.
+    pub shown: u64,
 }
 
 impl Counts {
@@ -56,6 +59,7 @@ impl Counts {
             given_back: get(&self.given_back),
             fetches: get(&self.fetches),
             retries: get(&self.retries),
+            shown: get(&self.shown),
         }
     }
 }

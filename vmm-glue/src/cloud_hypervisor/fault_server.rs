@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use dormouse_restore::SessionRecord;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::counts::{FaultCounts, ImageReport};
 use super::on_demand::{OnDemand, ProvideError};
+use super::pace::{EASED, Pace};
 use super::protocol::Response;
 use super::wire::{FaultRequest, Wire, WireError};
+use crate::firecracker::VmmProcess;
 
 /// How often it is looked whether the VMM has asked for a page.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
@@ -33,6 +36,8 @@ pub enum FaultError {
 pub struct FaultServer {
     memory: Arc<OnDemand>,
     connection: UnixStream,
+    /// Only for what is remembered of it.
+    process: Option<Arc<VmmProcess>>,
     thread: JoinHandle<Result<(), FaultError>>,
 }
 
@@ -47,6 +52,12 @@ pub struct OnDemandReport {
     pub killed_because: Option<String>,
     /// What was wrong with its requests, if anything.
     pub error: Option<String>,
+    /// What the VM touched first, if that can be told.
+    #[serde(skip)]
+    pub session: Option<SessionRecord>,
+    /// The VMM.
+    #[serde(skip)]
+    pub process: Option<Arc<VmmProcess>>,
 }
 
 impl FaultServer {
@@ -63,7 +74,8 @@ impl FaultServer {
             let _ = wire.stream().shutdown(Shutdown::Both);
             done
         })?;
-        Ok(Self { memory, connection, thread })
+        let process = VmmProcess::of(&connection).ok().map(Arc::new);
+        Ok(Self { memory, connection, process, thread })
     }
 
     /// Waits until the VMM has asked for a page; false if it hangs up before, or has not within `patience`.
@@ -88,6 +100,7 @@ impl FaultServer {
     pub fn finish(self) -> OnDemandReport {
         // Also while a page is waited for that does not come.
         while !hung_up(&self.connection) && !self.thread.is_finished() {}
+        let session = self.memory.session();
         self.memory.end();
         let error = match self.thread.join() {
             Ok(Ok(()) | Err(FaultError::Provide(ProvideError::Ended))) => None,
@@ -99,15 +112,28 @@ impl FaultServer {
             images: self.memory.images(),
             killed_because: self.memory.ended_because(),
             error,
+            session,
+            process: self.process,
         }
     }
 }
 
 fn answer(memory: &OnDemand, wire: &Wire) -> Result<(), FaultError> {
+    let (mut pace, begun) = (Pace::default(), Instant::now());
+    let mut eased = memory.has_first_pages();
     loop {
         match wire.fault_request()? {
             Some(FaultRequest::Pages(range)) => match memory.provide(range) {
-                Ok(()) => wire.respond(Response::Ok)?,
+                Ok(touched) => {
+                    let since = begun.elapsed();
+                    if let Some(rest) = pace.rest(touched, since).filter(|_| eased) {
+                        std::thread::sleep(rest);
+                    } else if eased && since >= EASED {
+                        memory.prefetch();
+                        eased = false;
+                    }
+                    wire.respond(Response::Ok)?;
+                }
                 Err(ProvideError::Ended) => return Err(ProvideError::Ended.into()),
                 Err(error) => {
                     // On this the VMM ends.

@@ -23,19 +23,29 @@
 //! | [`stored`] | such a VM in a store |
 //! | [`wake`] | waking it, eagerly or on demand |
 //! | [`on_demand`] | its memory, page by page, through `dormouse-restore` |
+//! | `ahead` | what a VM is given before it asks |
+//! | `pace` | how fast a VMM that goes through its memory is answered: pure |
+//! | `shown` | pages that the VMM has before it asks for any |
+//! | [`learned`] | what a session teaches for the next one |
+//! | `touched` | what the guest touched, from the order in which its VMM asks: pure |
 //! | [`counts`] | what it asked for, and what was done for it |
 //! | [`fault_server`] | the connection on which it asks for pages |
 //! | [`api`] | the VMM's HTTP API |
 
+mod ahead;
 pub mod api;
 pub mod counts;
 pub mod fault_server;
+pub mod learned;
 pub mod memory;
 pub mod on_demand;
+mod pace;
 pub mod protocol;
 pub mod receive;
 pub mod send;
+mod shown;
 pub mod stored;
+mod touched;
 pub mod wake;
 pub mod wire;
 

@@ -23,14 +23,16 @@ use dormouse_restore::state::PageState;
 use dormouse_restore::{
     Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
     RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdError, UffdOptions,
-    VmStopped,
+    VmStopped, WORKING_SET_PAGES_MAX,
 };
 use rustix::fs::SeekFrom;
 
+use super::ahead::Ahead;
 use super::counts::{Counts, FaultCounts, ImageReport};
 use super::memory::MemorySlot;
 use super::protocol::GuestRange;
 use super::send::{LaidOut, SendError, memory_file};
+use super::touched::Touches;
 use crate::firecracker::OnFailure;
 use crate::firecracker::patient::Patient;
 
@@ -39,6 +41,8 @@ const PAGE: u64 = PAGE_BYTES as u64;
 const ZERO_STEP_PAGES: u64 = 64;
 /// How long another thread is given to finish an install before it is looked at again.
 const INSTALL_WAIT: Duration = Duration::from_micros(20);
+/// First touches are recorded for this long.
+pub(super) const RECORD_WINDOW: Duration = Duration::from_secs(5);
 /// Waits are cut into pieces of this length, to look whether the VM is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -99,23 +103,23 @@ pub enum ProvideError {
 }
 
 /// An image being served.
-struct Served {
-    file: File,
+pub(super) struct Served {
+    pub(super) file: File,
     source: Arc<dyn PageSource>,
-    running: Mutex<Option<Running>>,
+    pub(super) running: Mutex<Option<Running>>,
     ended: Mutex<Option<ImageReport>>,
 }
 
-struct Running {
-    handle: RestoreHandle,
+pub(super) struct Running {
+    pub(super) handle: RestoreHandle,
     /// For pages that the guest gave back; the same memory that the restore has.
     memory: Memory,
 }
 
 /// A slot being served.
-struct ServedSlot {
-    at: MemorySlot,
-    image: usize,
+pub(super) struct ServedSlot {
+    pub(super) at: MemorySlot,
+    pub(super) image: usize,
     region: usize,
 }
 
@@ -130,12 +134,14 @@ struct Failing {
 
 /// The memory of a VM that wakes.
 pub struct OnDemand {
-    images: Vec<Served>,
+    pub(super) images: Vec<Served>,
     names: Vec<String>,
-    slots: Vec<ServedSlot>,
-    counts: Counts,
+    pub(super) slots: Vec<ServedSlot>,
+    pub(super) counts: Counts,
     options: WakeOptions,
     failing: Failing,
+    touches: Mutex<Touches>,
+    pub(super) ahead: Ahead,
 }
 
 impl OnDemand {
@@ -144,6 +150,16 @@ impl OnDemand {
     /// # Errors
     /// [`OnDemandError`].
     pub fn start(
+        laid_out: &[(LaidOut, Arc<dyn PageSource>)],
+        options: WakeOptions,
+    ) -> Result<Self, OnDemandError> {
+        let memory = Self::empty(laid_out, options)?;
+        memory.prefetch();
+        Ok(memory)
+    }
+
+    /// The same, without prefetching.
+    pub(super) fn empty(
         laid_out: &[(LaidOut, Arc<dyn PageSource>)],
         options: WakeOptions,
     ) -> Result<Self, OnDemandError> {
@@ -163,15 +179,8 @@ impl OnDemand {
             let memory = Memory::own(uffd.clone(), &mappings)?;
             // One prefetches, so that a core is left for who is waited for; nobody ever faults on this mapping.
             let policy =
-                Policy { retry: options.retry, demand_workers: 1, prefetch_workers: 1, ..Policy::default() };
+                Policy { retry: options.retry, demand_workers: 1, prefetch_workers: 1, ..recorded() };
             let handle = Restore::start(plan, Memory::own(uffd, &mappings)?, policy)?;
-            if options.prefetch {
-                // What is plugged of pluggable memory is not to be told from here, and mostly it is not.
-                handle.prefetch(laid_out.slots.iter().filter(|s| !s.pluggable).map(|s| {
-                    let spec = region(s);
-                    PageRun { first: spec.image_first, pages: spec.pages.0 }
-                }));
-            }
             let served = laid_out.slots.iter().enumerate();
             slots.extend(served.map(|(region, at)| ServedSlot { at: *at, image, region }));
             images.push(Served {
@@ -182,7 +191,23 @@ impl OnDemand {
             });
             names.push(laid_out.image.to_string());
         }
-        Ok(Self { images, names, slots, counts: Counts::default(), options, failing: Failing::default() })
+        let touches = Mutex::new(Touches::new(slots.iter().map(|s| &s.at)));
+        let (counts, failing, ahead) = (Counts::default(), Failing::default(), Ahead::default());
+        Ok(Self { images, names, slots, counts, options, failing, touches, ahead })
+    }
+
+    /// Begins to install pages that nobody has asked for, if the options say so.
+    pub(super) fn prefetch(&self) {
+        // What is plugged of pluggable memory is not to be told from here, and mostly it is not.
+        let slots = |image: usize| self.slots.iter().filter(move |s| s.image == image && !s.at.pluggable);
+        for (number, image) in self.images.iter().enumerate().filter(|_| self.options.prefetch) {
+            if let Some(running) = &*lock(&image.running) {
+                running.handle.prefetch(slots(number).map(|s| {
+                    let spec = region(&s.at);
+                    PageRun { first: spec.image_first, pages: spec.pages.0 }
+                }));
+            }
+        }
     }
 
     /// The memory file of image number `image`.
@@ -200,21 +225,29 @@ impl OnDemand {
         self.counts.now()
     }
 
-    /// Puts the pages of `range` into their memory file, if they are not there, waiting for as long as it takes.
+    /// Puts the pages of `range` into their memory file, if they are not there, waiting for as long as it takes. Whether
+    /// the guest is known to wait for them.
     ///
     /// # Errors
     /// [`ProvideError`]: they are not all there.
-    pub fn provide(&self, range: GuestRange) -> Result<(), ProvideError> {
+    pub fn provide(&self, range: GuestRange) -> Result<bool, ProvideError> {
         self.counts.requests.fetch_add(1, Ordering::AcqRel);
         let holds = |s: &&ServedSlot| {
             let end = s.at.address + s.at.bytes;
             s.at.address <= range.address && range.address.saturating_add(range.length) <= end
         };
-        let slot = self.slots.iter().find(holds).ok_or(ProvideError::NoSlot(range))?;
+        let number = self.slots.iter().position(|s| holds(&s)).ok_or(ProvideError::NoSlot(range))?;
+        let slot = self.slots.get(number).ok_or(ProvideError::NoSlot(range))?;
         let first = (range.address - slot.at.address) / PAGE;
         let pages = range.length / PAGE;
         self.counts.pages.fetch_add(pages, Ordering::AcqRel);
-        (first..first + pages).try_for_each(|page| self.provide_page(slot, page))
+        let touched = lock(&self.touches).asked(number, first);
+        if touched {
+            let page = PageIndex(slot.at.file_offset / PAGE + first);
+            self.running(slot, |running| running.handle.note_touch(page))?;
+        }
+        (first..first + pages).try_for_each(|page| self.provide_page(slot, page))?;
+        Ok(touched)
     }
 
     fn provide_page(&self, slot: &ServedSlot, page: u64) -> Result<(), ProvideError> {
@@ -396,6 +429,11 @@ fn zero(running: &Running, region: usize, page: u64) -> bool {
     pages.is_some_and(|pages| done(pages.zero()))
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// First touches are recorded as for other machines.
+fn recorded() -> Policy {
+    Policy { record_pages: WORKING_SET_PAGES_MAX as usize, record_window: RECORD_WINDOW, ..Policy::default() }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

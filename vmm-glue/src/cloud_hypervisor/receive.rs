@@ -85,6 +85,11 @@ impl Received {
         self.wire.peer()
     }
 
+    /// The connection to who sent it.
+    pub fn connection(&self) -> &UnixStream {
+        self.wire.stream()
+    }
+
     /// Says that all of it is safe: the VM ends, unless its user asked otherwise. Gives back the connection.
     ///
     /// # Errors

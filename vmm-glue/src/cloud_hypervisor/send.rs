@@ -14,7 +14,7 @@ use super::protocol::{Command, FAULT_ROLE};
 use super::wire::{Wire, WireError};
 
 /// How often a socket that is not there yet is looked for.
-const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+const LOOK_INTERVAL: Duration = Duration::from_micros(250);
 
 /// Why a VM was not sent.
 #[derive(Debug, thiserror::Error)]

@@ -4,13 +4,16 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use dormouse_chunkstore::{BlobBytes, BlobSource, Image, ImageSource, Progress, Snapshot, StoreError};
+use dormouse_chunkstore::{
+    BlobBytes, BlobSource, Image, ImageSource, Progress, Resume, Snapshot, StoreError,
+};
 use dormouse_core::{FormatError, ImageId, ImageKind};
 use dormouse_restore::{PageSource, StoredImage};
 
 use super::memory::{MemorySlotsError, StoredIn, memory_slots};
 use super::receive::Received;
 use super::send::{LaidOut, SendError, lay_out, memory_file};
+use crate::opened::Opened;
 
 /// What the configuration is called in a snapshot: as the file is that Cloud Hypervisor's own daemon writes.
 pub const CONFIG_ID: &str = "migration_config.json";
@@ -40,6 +43,8 @@ pub struct StoredVm {
     pub state: Vec<u8>,
     /// Its memory.
     pub memory: Vec<(LaidOut, Image)>,
+    /// With its resume stream, if it was opened to be resumed and has all its memory in one image.
+    opened: Option<Opened>,
 }
 
 impl StoredVm {
@@ -48,7 +53,29 @@ impl StoredVm {
     /// # Errors
     /// [`StoredError`].
     pub fn open(snapshot: &Snapshot) -> Result<Self, StoredError> {
-        let (config, state) = (snapshot.read_blob(CONFIG_ID)?, snapshot.read_blob(STATE_ID)?);
+        Self::with(snapshot, None)
+    }
+
+    /// As [`StoredVm::open`], with the snapshot's resume stream, which begins to be decoded.
+    ///
+    /// # Errors
+    /// [`StoredError`].
+    pub fn resumed(resume: Resume) -> Result<Self, StoredError> {
+        let snapshot = resume.snapshot.clone();
+        // One with several memory files has none called by that name, and no stream.
+        let opened = Opened::of(resume).ok();
+        if let Some(Err(why)) = opened.as_ref().map(|opened| opened.decode_ahead(false)) {
+            tracing::warn!(%why, "the VM wakes without its resume stream");
+        }
+        Self::with(&snapshot, opened)
+    }
+
+    fn with(snapshot: &Snapshot, opened: Option<Opened>) -> Result<Self, StoredError> {
+        let blob = |id| match &opened {
+            Some(opened) => opened.state(id),
+            None => snapshot.read_blob(id),
+        };
+        let (config, state) = (blob(CONFIG_ID)?, blob(STATE_ID)?);
         let images: Vec<(StoredIn, Image)> = snapshot
             .images()
             .filter(|image| image.entry().kind == ImageKind::Memory)
@@ -61,7 +88,13 @@ impl StoredVm {
             let (_, image) = images.iter().find(|(name, _)| *name == one.image)?;
             Some((one, image.clone()))
         };
-        Ok(Self { config, state, memory: laid_out.into_iter().filter_map(with_image).collect() })
+        let memory = laid_out.into_iter().filter_map(with_image).collect();
+        Ok(Self { config, state, memory, opened })
+    }
+
+    /// With its resume stream, if it has all its memory in one image and was opened to be resumed.
+    pub fn opened(&self) -> Option<&Opened> {
+        self.opened.as_ref()
     }
 
     /// The memory as something a restore can read.

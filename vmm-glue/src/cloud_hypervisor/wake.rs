@@ -86,7 +86,7 @@ pub fn wake_on_demand(
     if let Some(device) = foreign_device(&vm.config) {
         return Err(WakeError::ForeignDevice(device));
     }
-    let memory = Arc::new(OnDemand::start(&vm.sources(), options)?);
+    let memory = Arc::new(OnDemand::wake(vm, options)?);
     let woken = send_on_demand(vm, &memory, connect, run, note);
     if woken.is_err() {
         memory.end();
@@ -110,6 +110,9 @@ fn send_on_demand(
     }
     sender.config(&vm.config)?;
     note("config");
+    // From its state on it guards its memory.
+    memory.show(sender.wire().peer().pid);
+    note("shown");
     // The VMM asks for pages while it restores the state.
     let faults = connect()?;
     announce_faults(&faults).map_err(SendError::from)?;

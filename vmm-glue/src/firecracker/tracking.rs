@@ -90,6 +90,12 @@ impl Tracking {
         Record::read(&self.path(process, "session")?).ok()
     }
 
+    /// Forgets what the VM of `process` touched.
+    pub fn forget_session(&self, process: &VmmProcess) {
+        // There may be nothing, and what is left over costs a few bytes until the next start of the host.
+        let _ = self.path(process, "session").map(fs::remove_file);
+    }
+
     /// Says that this process holds a snapshot's first pages decoded in memory, for as long as the mark is held.
     ///
     /// # Errors

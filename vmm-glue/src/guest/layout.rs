@@ -32,6 +32,17 @@ pub const ANSWER_PAGES_MAX: u64 = (GENERATIONS_ADDR - ANSWERS_ADDR) / 8;
 /// Most pages of pattern: their table of generations ends before the first of them.
 pub const PAGES_MAX: u64 = (DATA_ADDR - GENERATIONS_ADDR) / 4;
 
+/// What a VMM that boots by PVH needs beside the program: it is entered in 32-bit mode, with neither paging nor a 64-bit
+/// segment. Physical addresses, below the program.
+pub mod pvh {
+    /// Where the guest is entered.
+    pub const ENTRY_ADDR: u64 = 0x10_0000;
+    /// Where the pointer to the descriptors of segments lies, and then these.
+    pub const DESCRIPTORS_ADDR: u64 = ENTRY_ADDR + 0x100;
+    /// The page tables, of three levels, each a page.
+    pub const TABLES_ADDR: u64 = ENTRY_ADDR + 0x1000;
+}
+
 /// Byte offsets in the state block.
 pub mod state {
     /// u32: the current generation.

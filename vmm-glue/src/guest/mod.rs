@@ -30,6 +30,11 @@ pub fn program() -> Option<&'static [u8]> {
     crate::sys::program::bytes()
 }
 
+/// What enters [`program`] where a VMM boots by PVH, see [`elf::pvh_executable`].
+pub fn entry32() -> Option<&'static [u8]> {
+    crate::sys::program::entry32()
+}
+
 /// What the guest can be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {

@@ -46,9 +46,28 @@ mod x86_64 {
         options(att_syntax)
     );
 
+    std::arch::global_asm!(
+        ".pushsection .rodata.dormouse_guest_entry, \"a\", @progbits",
+        ".balign 16",
+        ".hidden dormouse_guest_entry_start",
+        ".globl dormouse_guest_entry_start",
+        "dormouse_guest_entry_start:",
+        include_str!("../guest/entry32.S"),
+        ".hidden dormouse_guest_entry_end",
+        ".globl dormouse_guest_entry_end",
+        "dormouse_guest_entry_end:",
+        ".popsection",
+        TABLES = const layout::pvh::TABLES_ADDR,
+        DESCRIPTORS = const layout::pvh::DESCRIPTORS_ADDR,
+        PROGRAM = const layout::PROGRAM_ADDR,
+        options(att_syntax)
+    );
+
     unsafe extern "C" {
         static dormouse_guest_start: u8;
         static dormouse_guest_end: u8;
+        static dormouse_guest_entry_start: u8;
+        static dormouse_guest_entry_end: u8;
     }
 
     pub(crate) fn bytes() -> &'static [u8] {
@@ -59,12 +78,28 @@ mod x86_64 {
         // read-only data, in this order (see the assembly above).
         unsafe { std::slice::from_raw_parts(start, length) }
     }
+
+    pub(crate) fn entry32() -> &'static [u8] {
+        let start = &raw const dormouse_guest_entry_start;
+        let end = &raw const dormouse_guest_entry_end;
+        let length = (end as usize).saturating_sub(start as usize);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(start, length) }
+    }
 }
 
 /// The program's machine code, position independent, or `None` where this build has none (it is x86-64).
 pub(crate) fn bytes() -> Option<&'static [u8]> {
     #[cfg(target_arch = "x86_64")]
     return Some(x86_64::bytes());
+    #[cfg(not(target_arch = "x86_64"))]
+    return None;
+}
+
+/// What enters it from 32-bit protected mode, to be loaded at [`layout::pvh::ENTRY_ADDR`](crate::guest::layout::pvh).
+pub(crate) fn entry32() -> Option<&'static [u8]> {
+    #[cfg(target_arch = "x86_64")]
+    return Some(x86_64::entry32());
     #[cfg(not(target_arch = "x86_64"))]
     return None;
 }

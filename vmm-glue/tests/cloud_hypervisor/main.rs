@@ -1,6 +1,7 @@
 //! Cloud Hypervisor's offload protocol against a peer written from its documents.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod ahead;
 mod faults;
 mod hostile;
 mod peer;

@@ -266,7 +266,7 @@ pub(crate) fn receive_at(path: &Path, how: Receive) -> JoinHandle<Result<Awake, 
 fn receive(listener: &UnixListener, how: Receive) -> Result<Awake, Refused> {
     let text = |e: io::Error| e.to_string();
     let (mut main, _) = listener.accept().map_err(text)?;
-    let (mut files, mut mappings) = (Vec::<(u32, File)>::new(), serde_json::Value::Null);
+    let (mut files, mut mapped) = (Vec::<(u32, File)>::new(), None::<Vec<Region>>);
     let mut awake = None::<Awake>;
     let mut order = Vec::new();
     loop {
@@ -280,15 +280,15 @@ fn receive(listener: &UnixListener, how: Receive) -> Result<Awake, Refused> {
         match command {
             START => assert_eq!((order.len(), length), (1, 0)),
             MEMORY_FD => {
-                assert_eq!((length, mappings.is_null()), (4, true));
+                assert_eq!((length, mapped.is_none()), (4, true));
                 files.push(receive_fd(&main));
             }
             CONFIG => {
                 let config: serde_json::Value = serde_json::from_slice(&payload).unwrap();
-                mappings = config["memory_manager_data"]["guest_ram_mappings"].clone();
+                mapped = Some(map(&config["memory_manager_data"]["guest_ram_mappings"], &files));
             }
             STATE => {
-                let regions = map(&mappings, &files);
+                let regions = mapped.take().ok_or("no configuration before the state")?;
                 let faults = match how.postcopy {
                     true => Some(fault_connection(listener).map_err(text)?),
                     // As upstream: whoever has connected is hung up on.

@@ -97,12 +97,22 @@ impl Scene {
         how: Receive,
         options: WakeOptions,
     ) -> (Result<FaultServer, WakeError>, Result<Awake, Refused>) {
+        self.wake_vm(&self.stored(called), how, options)
+    }
+
+    /// The same, of a VM that was read before.
+    pub(crate) fn wake_vm(
+        &self,
+        vm: &StoredVm,
+        how: Receive,
+        options: WakeOptions,
+    ) -> (Result<FaultServer, WakeError>, Result<Awake, Refused>) {
         let socket = tempfile::Builder::new().tempdir_in(self.directory.path()).unwrap();
         let path = socket.path().join("receive.sock");
         let peer = receive_at(&path, how);
         let connect =
             || -> Result<Wire, SendError> { send::connect(&path, own_uid(), PATIENCE, PATIENCE, || false) };
-        let woken = wake_on_demand(&self.stored(called), connect, true, options, &mut |_| {});
+        let woken = wake_on_demand(vm, connect, true, options, &mut |_| {});
         (woken, peer.join().unwrap())
     }
 

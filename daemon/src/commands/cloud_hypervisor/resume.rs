@@ -11,8 +11,8 @@ use clap::Args;
 use dormouse_core::Name;
 use dormouse_vmm_glue::{
     cloud_hypervisor::{
-        FaultServer, OnDemandReport, SendError, StoredVm, VmmApi, WakeError, WakeOptions, Wire, send,
-        wake_eagerly, wake_on_demand,
+        FaultServer, OnDemandReport, SendError, StoredVm, VmmApi, WakeError, WakeOptions, Wire, learned,
+        send, wake_eagerly, wake_on_demand,
     },
     firecracker::OnFailure,
 };
@@ -22,7 +22,7 @@ use super::{API_PATIENCE, MESSAGE_PATIENCE, absolute, scratch, vmm_failure};
 use crate::{
     cli::values,
     commands::{
-        serve_uffd::{PolicyName, retry_for, thread_failure},
+        serve_uffd::{PolicyName, noted, retry_for, thread_failure},
         standby::micros,
     },
     context::{self, Context},
@@ -111,8 +111,15 @@ pub(crate) fn run(args: &ResumeArgs, context: &Context) -> Result<Status, Failur
     let begun = Instant::now();
     let mut phases = Vec::new();
     let mut note = |name| phases.push(Phase { name, at_us: micros(begun.elapsed()) });
-    let snapshot = context.open_store()?.open_snapshot(&args.name)?;
-    let vm = StoredVm::open(&snapshot).map_err(|e| wake_failure(e.into()))?;
+    let store = context.open_store()?;
+    let (snapshot, vm) = if args.eager {
+        let snapshot = store.open_snapshot(&args.name)?;
+        (snapshot.clone(), StoredVm::open(&snapshot))
+    } else {
+        let resume = store.open_resume(&args.name)?;
+        (resume.snapshot.clone(), StoredVm::resumed(resume))
+    };
+    let vm = vm.map_err(|e| wake_failure(e.into()))?;
     note("open");
     let scratch = scratch()?;
     let socket = absolute(args.socket.as_deref().unwrap_or(&scratch.path().join("resume.sock")))?;
@@ -129,7 +136,26 @@ pub(crate) fn run(args: &ResumeArgs, context: &Context) -> Result<Status, Failur
     context.print(&document, |out| print_text(out, &document))?;
     match server {
         None => Ok(Status::Done),
-        Some(server) => report(args, &server.finish()),
+        Some(server) => {
+            let done = server.finish();
+            let status = report(args, &done)?;
+            learn(&vm, done);
+            Ok(status)
+        }
+    }
+}
+
+/// For the next time: this VM's next standby, and the next VM that wakes from the same snapshot.
+fn learn(vm: &StoredVm, done: OnDemandReport) {
+    let (Some(opened), Some(session)) = (vm.opened(), done.session) else { return };
+    let record = learned::remember(opened, session);
+    if let (Some(process), Some(tracking)) = (done.process, noted())
+        && let Err(error) = tracking.note_session(&process, &record)
+    {
+        tracing::debug!(%error, "the working set is not noted for the next standby");
+    }
+    if let Some(stream) = learned::better_stream(opened, &record.session) {
+        tracing::info!(pages = stream.pages, "a better resume stream has been stored");
     }
 }
 
@@ -191,7 +217,13 @@ fn report(args: &ResumeArgs, report: &OnDemandReport) -> Result<Status, Failure>
         std::fs::write(path, bytes).map_err(|e| Failure::file("writing", path, &e))?;
     }
     let asked = &report.asked;
-    tracing::info!(asked.requests, asked.pages, asked.present, "the VM needs nothing more from here");
+    tracing::info!(
+        asked.requests,
+        asked.pages,
+        asked.present,
+        asked.shown,
+        "the VM needs nothing more from here"
+    );
     match (&report.killed_because, &report.error) {
         (Some(why), _) => {
             let why = format!("the VM was ended rather than given a wrong page: {why}");

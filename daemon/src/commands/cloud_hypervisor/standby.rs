@@ -8,18 +8,23 @@ use std::{
 };
 
 use clap::Args;
-use dormouse_chunkstore::{DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Store};
+use dormouse_chunkstore::{DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Store, StreamReport};
 use dormouse_core::{ImageKind, Name};
 use dormouse_vmm_glue::{
     cloud_hypervisor::{Received, VmmApi, VmmApiError, receive},
     firecracker::{HandshakeListener, VmmProcess},
+    records::Record,
 };
 use serde::Serialize;
 
 use super::{API_PATIENCE, MESSAGE_PATIENCE, absolute, scratch, vmm_failure, waiting_failure};
 use crate::{
     cli::values::{self, Part},
-    commands::{import::distinct, serve_uffd::listen_failure, standby::micros},
+    commands::{
+        import::distinct,
+        serve_uffd::listen_failure,
+        standby::{micros, predicted_stream, tracking},
+    },
     context::{self, Context},
     failure::{Failure, Status},
     human,
@@ -83,6 +88,8 @@ struct Document {
     durable_us: u64,
     phases: Phases,
     import: ImportReport,
+    /// The snapshot's resume stream, where it is known what the VM touched when it woke.
+    stream: Option<StreamReport>,
 }
 
 /// Each of these follows the one before.
@@ -92,6 +99,7 @@ struct Phases {
     receive_us: u64,
     import_us: u64,
     end_us: u64,
+    stream_us: u64,
 }
 
 pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failure> {
@@ -121,6 +129,7 @@ pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failu
     let (import_us, durable) = (micros(importing.elapsed()), begun.elapsed());
     tracing::info!(durable_us = micros(durable), "durable in the store");
 
+    let session = session_of(&received);
     let ending = Instant::now();
     let (pid, was_running, paused) = (received.peer().pid, received.was_running, received.paused);
     let connection = received.acknowledge().map_err(|error| {
@@ -135,12 +144,15 @@ pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failu
         Ok(process) => process.wait_ended(if api.is_some() { END_PATIENCE } else { LOOK_INTERVAL }),
         Err(_) => Ok(true),
     };
+    let ended = ended.map_err(|e| waiting_failure(&e))?;
+    let (end_us, streaming) = (micros(ending.elapsed()), Instant::now());
+    let stream = predicted_stream(&store, &args.name, session.as_ref(), &[]);
     let document = Document {
         name: args.name.to_string(),
         snapshot: report.snapshot.clone(),
         parent: args.parent.as_ref().map(ToString::to_string),
         pid,
-        ended: ended.map_err(|e| waiting_failure(&e))?,
+        ended,
         was_running,
         pause_us,
         durable_us: micros(durable),
@@ -148,12 +160,22 @@ pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failu
             wait_us: micros(arrived.saturating_sub(received_for(paused, begun, arrived))),
             receive_us: micros(received_for(paused, begun, arrived)),
             import_us,
-            end_us: micros(ending.elapsed()),
+            end_us,
+            stream_us: micros(streaming.elapsed()),
         },
         import: report,
+        stream,
     };
     context.print(&document, |out| print_text(out, &document))?;
     Ok(Status::Done)
+}
+
+/// What the VM touched when it woke, if it was woken here. It is noted for this once.
+fn session_of(received: &Received) -> Option<Record> {
+    let (process, tracking) = (VmmProcess::of(received.connection()).ok()?, tracking().ok()?);
+    let session = tracking.session_of(&process);
+    tracking.forget_session(&process);
+    session
 }
 
 /// Of the time until the VM had `arrived`, what was spent after it had been told to stand still.
