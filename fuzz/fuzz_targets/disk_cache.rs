@@ -9,6 +9,8 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../../chunkstore/src/disk_cache.rs"]
 #[expect(dead_code, reason = "only reading is fuzzed")]
 mod disk_cache;
+#[path = "../../chunkstore/src/page_cache.rs"]
+mod page_cache;
 use disk_cache::DiskCache;
 
 thread_local! {
