@@ -80,6 +80,11 @@ impl Core {
                 moved = match self.installer.move_block(span, block) {
                     Outcome::Done => claimed,
                     Outcome::Partial(pages) => pages.min(claimed),
+                    Outcome::Again => {
+                        // An event has to be read first; it is copied, then, as far as it is still wanted.
+                        self.counters.again.add(1);
+                        0
+                    }
                     _ => 0,
                 };
                 self.table.apply_all(span.part(0, moved), PageEvent::Copied, crate::state::Action::None);
