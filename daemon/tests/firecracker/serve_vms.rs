@@ -5,7 +5,8 @@ use std::io::Write as _;
 use serde_json::{Value, json};
 
 use crate::scene::{PAGES, PATIENCE, Running, Scene, scene, wait_until};
-use crate::served::{Mortal, is_there, kill, request, served};
+use crate::serve_uffd::parked;
+use crate::served::{Mortal, Served, is_there, kill, request, served};
 
 fn phases(vm: &Value) -> Vec<&str> {
     vm["resume"]["phases"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect()
@@ -258,10 +259,25 @@ fn a_daemon_that_is_ended_detaches_its_vms() {
     console.assert_no_wrong_page();
 }
 
+/// Stores `vm` anew with frames of their own at the end of its memory, where its guest has nothing: however fast it is,
+/// something is left to be brought.
+fn add_what_no_guest_touches(scene: &Scene) {
+    let (memory, vmstate) = (scene.text("memory"), format!("vmstate={}", scene.text("vmstate")));
+    scene.done("home", &["export", "vm", "--memory", &memory]);
+    let file = std::fs::File::options().write(true).open(&memory).unwrap();
+    let end = file.metadata().unwrap().len();
+    let pages: Vec<u8> = (1..=96u8).flat_map(|page| [page; 4096]).collect();
+    std::os::unix::fs::FileExt::write_all_at(&file, &pages, end - pages.len() as u64).unwrap();
+    scene.done("home", &["import", "vm", "--replace", "--memory", &memory, "--state", &vmstate]);
+    std::fs::remove_file(memory).unwrap();
+}
+
 #[test]
 fn a_daemon_whose_store_is_away_does_not_leave_its_vms() {
     let Some(scene) = scene() else { return };
-    let mut daemon = served(&scene, &["--on-stop", "detach"]);
+    parked(&scene);
+    add_what_no_guest_touches(&scene);
+    let mut daemon = Served::start(&scene, &["--on-stop", "detach"]);
     let (vm, console) = daemon.wake(&scene, "one", json!({"prefetch": false}));
     let _end = Mortal::of(&vm);
     std::fs::rename(scene.path("store"), scene.path("away")).unwrap();
