@@ -4,6 +4,7 @@
 //! runtime at all. It is small so that tests can stand in for it and inject every fault (see [`faulty`]).
 
 pub mod faulty;
+mod http;
 mod local;
 pub mod modelled;
 mod object;

@@ -10,6 +10,7 @@ use url::Url;
 
 use super::{
     Backend,
+    http::RetryingConnector,
     local::LocalBackend,
     object::{ObjectBackend, Runner},
 };
@@ -49,6 +50,7 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
         "s3" => Arc::new(
             AmazonS3Builder::from_env()
                 .with_url(url)
+                .with_http_connector(RetryingConnector)
                 .with_retry(retry)
                 .with_client_options(client_from(client, "AWS_ALLOW_HTTP"))
                 .build()
@@ -57,6 +59,7 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
         "gs" => Arc::new(
             GoogleCloudStorageBuilder::from_env()
                 .with_url(url)
+                .with_http_connector(RetryingConnector)
                 .with_retry(retry)
                 .with_client_options(client)
                 .build()
@@ -65,6 +68,7 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
         "az" => Arc::new(
             MicrosoftAzureBuilder::from_env()
                 .with_url(url)
+                .with_http_connector(RetryingConnector)
                 .with_retry(retry)
                 .with_client_options(client_from(client, "AZURE_ALLOW_HTTP"))
                 .build()
