@@ -54,6 +54,8 @@ pub(crate) struct Core {
     pub(crate) fill_failure: Mutex<Option<Arc<RestoreError>>>,
     pub(crate) ended: Mutex<Option<Arc<RestoreError>>>,
     pub(crate) kill_called: AtomicBool,
+    /// All is installed and the memory is being unregistered: an install that is refused for that was not needed.
+    pub(crate) letting_go: AtomicBool,
     bell: OwnedFd,
     stopping: AtomicBool,
 }
@@ -85,6 +87,7 @@ impl Core {
             fill_failure: Mutex::default(),
             ended: Mutex::default(),
             kill_called: AtomicBool::new(false),
+            letting_go: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             plan,
             memory,

@@ -1,5 +1,6 @@
 //! Installs runs of pages: claims what is absent, and acts on each of the kernel's answers.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dormouse_core::page::PageIndex;
@@ -216,6 +217,8 @@ impl Core {
                 if self.queue.pause(Duration::from_millis(100)) { Err(RestoreError::Stopped) } else { Ok(()) }
             }
             Outcome::VmGone => Err(RestoreError::VmGone),
+            // Whoever waited for this page, which can only be one that was given back, the kernel has answered with zeros.
+            Outcome::RegionGone if self.letting_go.load(Ordering::Acquire) => Err(RestoreError::Stopped),
             Outcome::RegionGone => Err(RestoreError::RegionGone { region: at.region() }),
             Outcome::NoMemory => Err(self.refused(at, libc::ENOMEM)),
             Outcome::Unsupported(e) | Outcome::Refused(e) => Err(self.refused(at, e)),

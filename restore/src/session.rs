@@ -1,6 +1,7 @@
 //! Starts a restore and holds it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -268,10 +269,13 @@ impl RestoreHandle {
         if let Err(error) = self.wait_filled() {
             return Err(Box::new(DetachError { handle: self, error }));
         }
+        // From here on a fault may be under way that the kernel answers first, once its page's region is let go.
+        self.core.letting_go.store(true, Ordering::Release);
         for region in self.core.memory.regions() {
             if let Err(error) = region.unregister()
                 && region.is_alive()
             {
+                self.core.letting_go.store(false, Ordering::Release);
                 let error = Arc::new(RestoreError::from(error));
                 return Err(Box::new(DetachError { handle: self, error }));
             }

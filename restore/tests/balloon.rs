@@ -148,6 +148,68 @@ impl Installer for Hesitant {
     }
 }
 
+/// Is asked for zeros, and does not get to it before it is told that nobody waits for them any more.
+struct Late {
+    inner: dormouse_restore::install::UffdCopy,
+    asked: std::sync::mpsc::Sender<()>,
+    over: std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Installer for Late {
+    fn copy(&self, at: Span, bytes: &[u8]) -> Outcome {
+        self.inner.copy(at, bytes)
+    }
+    fn zero(&self, at: Span) -> Outcome {
+        self.asked.send(()).unwrap();
+        self.over.lock().unwrap().recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        let outcome = self.inner.zero(at);
+        assert_eq!(outcome, Outcome::RegionGone, "what this test is about did not happen");
+        outcome
+    }
+    fn poison(&self, at: Span) -> Outcome {
+        self.inner.poison(at)
+    }
+    fn wake(&self, at: Span) {
+        self.inner.wake(at)
+    }
+}
+
+/// A vCPU touches a page it gave back while its machine is let go: the kernel answers it, and the fault thread, which was
+/// about to, finds the region gone. That ended the VM.
+#[test]
+fn a_fault_that_is_overtaken_by_detach_does_not_end_the_vm() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (asked, is_asked) = std::sync::mpsc::channel();
+    let (answered, over) = std::sync::mpsc::channel();
+    let killed = Arc::new(AtomicU8::new(0));
+    let kill = killed.clone();
+    let kill: dormouse_restore::policy::KillVm = Arc::new(move |_| {
+        kill.fetch_add(1, Ordering::SeqCst);
+    });
+    let policy = Policy { fail_closed: dormouse_restore::FailClosed::Kill(kill), ..Policy::default() };
+    let handle = Restore::start_with(plan, memory, policy, |memory, counters| {
+        let inner = dormouse_restore::install::UffdCopy::new(memory, counters);
+        Box::new(Late { inner, asked, over: std::sync::Mutex::new(over) })
+    })
+    .unwrap();
+    mapping.discard(10, 1).unwrap();
+    let vcpu = std::thread::spawn({
+        let mapping = mapping.clone();
+        move || {
+            verify_zero(&mapping, 10);
+            answered.send(()).unwrap();
+        }
+    });
+    is_asked.recv().unwrap();
+    let counts = handle.detach().unwrap();
+    vcpu.join().unwrap();
+    assert_eq!((counts.pages_copied, counts.zero_pages), (63, 0));
+    assert_eq!(killed.load(Ordering::SeqCst), 0, "the VM was ended");
+    (0..10).chain(11..64).for_each(|p| verify(&image, &mapping, p));
+}
+
 #[test]
 fn a_removal_that_begins_within_an_install_wins() {
     let Some(uffd) = uffd_or_skip() else { return };

@@ -270,7 +270,8 @@ impl Guest {
         match self.child.try_wait().unwrap() {
             None => false,
             Some(status) => {
-                assert!(status.success(), "{status}: {}", self.said.lock().unwrap());
+                let told = || std::fs::read_to_string(&self.log).unwrap_or_default();
+                assert!(status.success(), "{status}: {}; its servers: {}", self.said.lock().unwrap(), told());
                 *count += 1;
                 true
             }
