@@ -45,8 +45,7 @@ pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
 pub use stream::{
-    HotRun, HotStream, InstallRun, Resume, ResumeStream, STREAM_LEVEL, StreamInfo, StreamReport, Tier,
-    TouchedRun,
+    HotRun, HotStream, InstallRun, Resume, ResumeStream, StreamInfo, StreamReport, Tier, TouchedRun,
 };
 pub use usage::{ImageSummary, Scatter, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
 pub use verify::{

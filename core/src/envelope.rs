@@ -20,8 +20,12 @@ use crate::{
     wire::{Reader, Writer},
 };
 
-/// The format version this build writes and the newest it reads.
-pub const FORMAT_VERSION: u16 = 1;
+/// The newest format version this build reads. It writes each object in the oldest that has all the object needs.
+pub const FORMAT_VERSION: u16 = 2;
+/// The version of all objects in which nothing is of a later one.
+pub(crate) const VERSION_1: u16 = 1;
+/// The version that brought frames of LZ4.
+pub(crate) const VERSION_LZ4: u16 = 2;
 /// Bytes before the body.
 pub const HEADER_BYTES: usize = 40;
 /// Bytes after the body.
@@ -45,12 +49,12 @@ pub struct Kind {
 /// Bytes every object begins with: magic, versions, flags, domain.
 pub(crate) const START_BYTES: usize = 32;
 
-/// Writes the first [`START_BYTES`] of an object.
-pub(crate) fn write_start(magic: [u8; 8], domain: &Domain, extra_flags: u32) -> Writer {
+/// Writes the first [`START_BYTES`] of an object, of the version that has all it needs.
+pub(crate) fn write_start(magic: [u8; 8], version: u16, domain: &Domain, extra_flags: u32) -> Writer {
     let mut w = Writer::new();
     w.bytes(&magic);
-    w.u16(FORMAT_VERSION);
-    w.u16(FORMAT_VERSION);
+    w.u16(version);
+    w.u16(version);
     w.u32(extra_flags | if domain.is_encrypted() { FLAG_SEALED } else { 0 });
     w.bytes(&domain.id().0);
     w
@@ -111,7 +115,7 @@ impl Start {
 pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
     let stored_bytes = body.len() + if domain.is_encrypted() { SEAL_OVERHEAD_BYTES } else { 0 };
     debug_assert!(stored_bytes <= kind.body_bytes_max, "a {} no reader accepts", kind.what);
-    let mut w = write_start(kind.magic, domain, 0);
+    let mut w = write_start(kind.magic, VERSION_1, domain, 0);
     w.u32(stored_bytes as u32);
     w.u32(HEADER_BYTES as u32);
     let mut out = w.finish();

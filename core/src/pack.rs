@@ -14,7 +14,7 @@ use std::{collections::HashSet, fmt};
 
 use crate::{
     domain::Domain,
-    envelope::{FLAG_DENSE, START_BYTES, Start, write_start},
+    envelope::{FLAG_DENSE, START_BYTES, Start, VERSION_1, write_start},
     error::FormatError,
     frame::{Codec, EncodedFrame, FrameRef, compress_metadata, decompress},
     id::{ChunkId, FrameHash, PackId},
@@ -240,7 +240,7 @@ impl PackFooter {
             if stored == 0 || raw_bytes == 0 {
                 return Err(r.malformed("an empty frame"));
             }
-            let codec = Codec::from_u8(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
+            let codec = Codec::of_pack(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
             let at = FrameRef {
                 pack: 0,
                 offset: offset as u32,
@@ -311,7 +311,7 @@ impl PackBuilder {
 
     fn with_flags(domain: &Domain, flags: u32) -> Self {
         PackBuilder {
-            bytes: write_start(HEADER_MAGIC, domain, flags).finish(),
+            bytes: write_start(HEADER_MAGIC, VERSION_1, domain, flags).finish(),
             footer: PackFooter::default(),
             footer_raw_bytes: 1 + 4,
             flags,
@@ -345,6 +345,7 @@ impl PackBuilder {
             codec: frame.codec,
             hash: frame.hash,
         };
+        debug_assert!(frame.codec != Codec::Lz4, "a frame of a stream");
         debug_assert!(kind != FrameKind::Pages || chunks.len() * PAGE_BYTES == frame.raw_bytes as usize);
         self.bytes.extend_from_slice(&frame.stored);
         self.footer_raw_bytes += FOOTER_FRAME_BYTES_MAX + chunks.len() * ChunkId::BYTES;
@@ -365,7 +366,7 @@ impl PackBuilder {
         };
         self.bytes.extend_from_slice(&footer);
         debug_assert_eq!(pack.check(), Ok(()));
-        let mut trailer = write_start(TRAILER_MAGIC, domain, self.flags);
+        let mut trailer = write_start(TRAILER_MAGIC, VERSION_1, domain, self.flags);
         trailer.u32(footer.len() as u32);
         let mut trailer = trailer.finish();
         trailer.extend_from_slice(&trailer_check(&trailer));

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use crate::{
     domain::Domain,
-    envelope::{START_BYTES, Start, write_start},
+    envelope::{START_BYTES, Start, VERSION_1, VERSION_LZ4, write_start},
     error::FormatError,
     frame::{Codec, EncodedFrame, FrameRef, compress_metadata, decompress},
     id::{Digest, FrameHash, RootId, SnapshotId},
@@ -177,7 +177,7 @@ impl StreamHead {
 fn read_frame(r: &mut Reader<'_>, offset: &mut u64, blobs: usize) -> Result<StreamFrame, FormatError> {
     let stored = r.bounded("stored frame bytes", STREAM_BYTES_MAX - (*offset).min(STREAM_BYTES_MAX))?;
     let raw_bytes = r.bounded("raw frame bytes", META_FRAME_BYTES_MAX as u64)?;
-    let codec = Codec::from_u8(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
+    let codec = Codec::of_stream(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
     let hash = FrameHash(r.array()?);
     let at = FrameRef {
         pack: 0,
@@ -234,13 +234,14 @@ pub struct StreamBuilder {
     frames: Writer,
     count: usize,
     bytes: Vec<u8>,
+    version: u16,
 }
 
 impl StreamBuilder {
     /// A stream of `snapshot` with no frames yet.
     pub fn new(snapshot: SnapshotId, root: RootId, root_object: Vec<u8>, blobs: Vec<StreamBlob>) -> Self {
         let (frames, count, bytes) = (Writer::new(), 0, Vec::new());
-        StreamBuilder { snapshot, root, root_object, blobs, frames, count, bytes }
+        StreamBuilder { snapshot, root, root_object, blobs, frames, count, bytes, version: VERSION_1 }
     }
 
     /// Bytes of frames so far.
@@ -257,6 +258,9 @@ impl StreamBuilder {
     pub fn push(&mut self, part: &StreamPart, frame: &EncodedFrame) {
         let w = &mut self.frames;
         self.count += 1;
+        if frame.codec == Codec::Lz4 {
+            self.version = VERSION_LZ4;
+        }
         w.varint(frame.stored.len() as u64);
         w.varint(u64::from(frame.raw_bytes));
         w.u8(frame.codec as u8);
@@ -297,7 +301,7 @@ impl StreamBuilder {
         head.bytes(&self.frames.finish());
         let raw = head.finish();
         let stored = domain.seal(WHAT, compress_metadata(&raw, HEAD_LEVEL));
-        let mut w = write_start(MAGIC, domain, 0);
+        let mut w = write_start(MAGIC, self.version, domain, 0);
         w.u32(stored.len() as u32);
         w.u32(raw.len() as u32);
         let mut out = w.finish();
@@ -320,7 +324,7 @@ mod tests {
         b.push(&StreamPart::State { blob: 0 }, &EncodedFrame::encode(domain, b"state", 1));
         let runs = vec![70..72, 3..4];
         let pages: Vec<u8> = (0..3 * PAGE_BYTES).map(|i| (i / 64) as u8).collect();
-        b.push(&StreamPart::Pages { image: 0, runs }, &EncodedFrame::encode(domain, &pages, 1));
+        b.push(&StreamPart::Pages { image: 0, runs }, &EncodedFrame::encode_for_speed(domain, &pages));
         b.finish(domain)
     }
 

@@ -11,6 +11,14 @@ fn reference(frame: &EncodedFrame) -> FrameRef {
     FrameRef { pack: 0, offset: 0, stored_bytes, raw_bytes, codec: frame.codec, hash: frame.hash }
 }
 
+/// By zstd at a level, or for speed.
+fn encoded(domain: &Domain, raw: &[u8], level: Option<i32>) -> EncodedFrame {
+    match level {
+        Some(level) => EncodedFrame::encode(domain, raw, level),
+        None => EncodedFrame::encode_for_speed(domain, raw),
+    }
+}
+
 /// Pages of all natures: some compress to nothing, some not at all.
 fn pages(seeds: &[u8]) -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
@@ -39,12 +47,12 @@ proptest! {
     #[test]
     fn each_prefix_is_that_of_the_whole(
         seeds in prop::collection::vec(0u8..=255, 1..=32),
-        level in prop::sample::select(vec![-1, 3, 6, 15]),
+        level in prop::sample::select(vec![Some(-1), Some(3), Some(6), Some(15), None]),
         stops in prop::collection::vec(0usize..=32 * PAGE_BYTES + 9, 0..6),
     ) {
         let raw = pages(&seeds);
         for domain in domains() {
-            let frame = EncodedFrame::encode(&domain, &raw, level);
+            let frame = encoded(&domain, &raw, level);
             let mut prefix = begin(&domain, &reference(&frame), &frame.stored).unwrap();
             prop_assert_eq!(prefix.raw_bytes(), raw.len());
             for stop in &stops {
@@ -65,9 +73,10 @@ proptest! {
         at in any::<prop::sample::Index>(),
         bit in 0u8..8,
         cut in any::<bool>(),
+        level in prop::sample::select(vec![Some(6), None]),
     ) {
         let (domain, raw) = (Domain::plain(), pages(&seeds));
-        let frame = EncodedFrame::encode(&domain, &raw, 6);
+        let frame = encoded(&domain, &raw, level);
         let mut stored = frame.stored.clone();
         let at = at.index(stored.len());
         if cut { stored.truncate(at.max(1)) } else { stored[at] ^= 1 << bit }
@@ -96,6 +105,28 @@ fn a_first_page_needs_a_quarter_of_a_full_frame() {
     prefix.reach(17 * PAGE_BYTES).unwrap();
     assert_eq!(prefix.bytes().len(), raw.len() / 4 * 3);
     assert!(!prefix.is_whole());
+}
+
+/// Frames of LZ4 have no header to tell: the size their reference gives must be right to the byte, and a buffer used again
+/// shows nothing of what was in it.
+#[test]
+fn a_frame_for_speed_is_of_its_size_or_none() {
+    for raw in [pages(&[100; 32]), vec![0; 64 * PAGE_BYTES], pages(&[3])] {
+        let frame = EncodedFrame::encode_for_speed(&Domain::plain(), &raw);
+        assert_eq!(frame.codec, Codec::Lz4);
+        let right = reference(&frame);
+        let mut buffer = vec![0xEE; raw.len() * 2];
+        right.decode_into(&Domain::plain(), &frame.stored, &mut buffer).unwrap();
+        assert!(buffer == raw);
+        for wrong in [1, raw.len() - 1, raw.len() + 1, 4 << 20] {
+            let at = FrameRef { raw_bytes: wrong as u32, ..right };
+            let refused = Some(FormatError::Undecodable("frame"));
+            assert_eq!(at.decode(&Domain::plain(), &frame.stored).err(), refused, "{wrong}");
+            assert_eq!(begin(&Domain::plain(), &at, &frame.stored).err(), refused, "{wrong}");
+        }
+    }
+    let noise = pages(&[255]);
+    assert_eq!(EncodedFrame::encode_for_speed(&Domain::plain(), &noise).codec, Codec::Raw);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! One file per kind of object and per way to store it, written once and never edited.
 //!
-//! Where bytes do not depend on zstd, what is written today must equal the file. Every file must still decode to
+//! Where bytes do not depend on zstd or LZ4, what is written today must equal the file. Every file must still decode to
 //! the same value. A new kind is added with `DORMOUSE_NEW_GOLDEN=1 cargo test -p dormouse-core --test golden`,
 //! which writes files that are missing and never changes one that is there.
 #![allow(clippy::unwrap_used)]
@@ -13,6 +13,7 @@ use common::*;
 use dormouse_core::{
     frame::EncodedFrame,
     pack::{check_object, parse_trailer},
+    stream::{StreamBuilder, StreamHead, StreamPart},
     *,
 };
 
@@ -42,6 +43,14 @@ fn golden(name: String, today: Vec<u8>, check: impl Fn(&[u8]) + 'static) -> Gold
 /// A frame that compresses.
 fn compressible() -> Vec<u8> {
     noise(12, 64).into_iter().cycle().take(3 * PAGE_BYTES).collect()
+}
+
+/// A stream of one frame of three pages.
+fn stream(domain: &Domain, frame: &EncodedFrame) -> Vec<u8> {
+    let (snapshot, root) = (SnapshotId(digest(80)), RootId(digest(81)));
+    let mut builder = StreamBuilder::new(snapshot, root, b"a root's object".to_vec(), vec![]);
+    builder.push(&StreamPart::Pages { image: 0, runs: vec![9..11, 3..4] }, frame);
+    builder.finish(domain)
 }
 
 /// Every identity a store depends on: if one of them changed, nothing would be found again.
@@ -107,6 +116,38 @@ fn all() -> Vec<Golden> {
                 assert_eq!(at.decode(&d, file), Ok(compressible()));
             })
         });
+
+        let frame = EncodedFrame::encode_for_speed(&domain, &compressible());
+        assert_eq!(frame.codec, Codec::Lz4);
+        let (d, at_lz4) = (domain.clone(), at(&frame));
+        all.push(Golden {
+            exact: 0,
+            ..golden(format!("v2-frame-lz4-{}.bin", name_of(&domain)), frame.stored, move |file| {
+                let (stored_bytes, hash) = (file.len() as u32, FrameHash::of(file));
+                let at = FrameRef { stored_bytes, hash, ..at_lz4 };
+                assert_eq!(at.decode(&d, file), Ok(compressible()));
+            })
+        });
+
+        for (version, frame) in [
+            (1, EncodedFrame::encode(&domain, &compressible(), 1)),
+            (2, EncodedFrame::encode_for_speed(&domain, &compressible())),
+        ] {
+            let (d, object) = (domain.clone(), stream(&domain, &frame));
+            all.push(Golden {
+                exact: 32,
+                ..golden(format!("v{version}-stream-{}.bin", name_of(&domain)), object, move |file| {
+                    let head = StreamHead::decode(&d, file).unwrap();
+                    assert_eq!((head.snapshot, head.root), (SnapshotId(digest(80)), RootId(digest(81))));
+                    assert_eq!((head.root_object.as_slice(), head.pages()), (&b"a root's object"[..], 3));
+                    let [frame] = &head.frames[..] else { panic!("one frame") };
+                    assert_eq!(frame.part, StreamPart::Pages { image: 0, runs: vec![9..11, 3..4] });
+                    let range = frame.at.range();
+                    let stored = &file[range.start as usize..range.end as usize];
+                    assert_eq!(frame.at.decode(&d, stored), Ok(compressible()));
+                })
+            });
+        }
 
         let (_, object) = root().encode(&domain);
         let d = domain.clone();

@@ -208,6 +208,7 @@ fn frames_that_cannot_be_are_refused() {
     assert!(footer(2, 10, META_FRAME_BYTES_MAX as u64, 1, 0).is_ok());
     for (kind, stored, raw, codec, ids) in [
         (3, 10, 4096, 1, 1),
+        // LZ4 is for streams.
         (0, 10, 4096, 2, 1),
         (0, 10, 4096, 1, 0),
         (0, 10, 4096, 1, 2),

@@ -8,9 +8,9 @@ use dormouse_core::{
 };
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|input: (u32, bool, &[u8])| {
-    let (raw_bytes, zstd, stored) = input;
-    let codec = if zstd { Codec::Zstd } else { Codec::Raw };
+fuzz_target!(|input: (u32, u8, &[u8])| {
+    let (raw_bytes, codec, stored) = input;
+    let codec = [Codec::Raw, Codec::Zstd, Codec::Lz4][usize::from(codec % 3)];
     let (stored_bytes, hash) = (stored.len() as u32, FrameHash::of(stored));
     let at = FrameRef { pack: 0, offset: 32, stored_bytes, raw_bytes, codec, hash };
     if let Ok(raw) = at.decode(&Domain::plain(), stored) {
@@ -34,15 +34,17 @@ fuzz_target!(|input: (u32, bool, &[u8])| {
 
     for domain in [Domain::plain(), sealed] {
         if !stored.is_empty() {
-            let frame = EncodedFrame::encode(&domain, stored, 1);
-            let at = FrameRef {
-                stored_bytes: frame.stored.len() as u32,
-                raw_bytes: frame.raw_bytes,
-                codec: frame.codec,
-                hash: frame.hash,
-                ..at
-            };
-            assert_eq!(at.decode(&domain, &frame.stored).as_deref(), Ok(stored));
+            let for_speed = EncodedFrame::encode_for_speed(&domain, stored);
+            for frame in [EncodedFrame::encode(&domain, stored, 1), for_speed] {
+                let at = FrameRef {
+                    stored_bytes: frame.stored.len() as u32,
+                    raw_bytes: frame.raw_bytes,
+                    codec: frame.codec,
+                    hash: frame.hash,
+                    ..at
+                };
+                assert_eq!(at.decode(&domain, &frame.stored).as_deref(), Ok(stored));
+            }
         }
     }
 

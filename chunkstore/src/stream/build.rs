@@ -21,10 +21,6 @@ use crate::{
     store::Store,
 };
 
-/// How hard resume streams are compressed. Decoding is what a resume waits for, on the cores that its guest wants too: on
-/// guest memory this level takes 1/7 more bytes than level 3 and decodes three times as fast, since it leaves out the
-/// entropy coding of literals. See `docs/DENSITY.md`.
-pub const STREAM_LEVEL: i32 = -1;
 /// Frames read from a remote store at the same time.
 const REMOTE_READERS: usize = 8;
 /// First touches are ordered coarsely: between clones the set of pages is stable and their fine order is not, and
@@ -95,7 +91,7 @@ impl Store {
             StreamBuilder::new(reference.snapshot, reference.root, root_object.to_vec(), blobs.collect());
         for (i, blob) in root.blobs.iter().enumerate() {
             for piece in snapshot.read_blob(blob.id.as_str())?.chunks(BLOB_PIECE_BYTES) {
-                let frame = EncodedFrame::encode(&self.domain, piece, STREAM_LEVEL);
+                let frame = EncodedFrame::encode_for_speed(&self.domain, piece);
                 builder.push(&StreamPart::State { blob: i as u32 }, &frame);
             }
         }
@@ -134,7 +130,7 @@ impl Store {
                 for run in runs {
                     read_pages(&images[*image as usize], run.clone(), &mut raw)?;
                 }
-                done.push((index, EncodedFrame::encode(&self.domain, &raw, STREAM_LEVEL)));
+                done.push((index, EncodedFrame::encode_for_speed(&self.domain, &raw)));
             }
         };
         let parts: Vec<Result<Vec<_>>> = thread::scope(|scope| {

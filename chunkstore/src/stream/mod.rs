@@ -7,7 +7,7 @@ mod parts;
 mod read;
 
 pub use self::{
-    build::{STREAM_LEVEL, StreamInfo, StreamReport, TouchedRun},
+    build::{StreamInfo, StreamReport, TouchedRun},
     local::Tier,
     read::{HotRun, HotStream, InstallRun, Resume, ResumeStream},
 };
