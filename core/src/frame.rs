@@ -227,10 +227,11 @@ pub(crate) fn compress(raw: &[u8], level: i32) -> Option<Vec<u8>> {
 }
 
 /// Guest memory changes its nature from page to page, so entropy tables pay for being made anew more often than zstd
-/// does by itself (once in 128 KiB): 1 % fewer bytes at the same speed. See `docs/DENSITY.md`.
+/// does by itself (once in 128 KiB): 1 % fewer bytes. And a fault waits only for the blocks up to its page. See
+/// `docs/DENSITY.md`.
 fn compressor(level: i32) -> Option<zstd::bulk::Compressor<'static>> {
     let mut compressor = zstd::bulk::Compressor::new(level).ok()?;
-    let block_bytes = if level < 13 { 32 << 10 } else { 64 << 10 };
+    let block_bytes = if level < 13 { 16 << 10 } else { 32 << 10 };
     compressor.set_parameter(zstd::zstd_safe::CParameter::MaxBlockSize(block_bytes)).ok()?;
     Some(compressor)
 }

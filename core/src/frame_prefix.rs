@@ -1,6 +1,6 @@
 //! A frame decoded from its start on, only as far as somebody needs it.
 //!
-//! A vCPU waits for one page of a frame's 32, and zstd decodes from the front in blocks of 32 or 64 KiB: what lies behind
+//! A vCPU waits for one page of a frame's 32, and zstd decodes from the front in blocks of 16 or 32 KiB: what lies behind
 //! the page can follow once nobody waits. The whole frame is verified before its first byte is decoded.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

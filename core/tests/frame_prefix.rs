@@ -94,16 +94,16 @@ proptest! {
 }
 
 #[test]
-fn a_first_page_needs_a_quarter_of_a_full_frame() {
+fn a_first_page_needs_an_eighth_of_a_full_frame() {
     let raw = pages(&[100; 32]);
     let frame = EncodedFrame::encode(&Domain::plain(), &raw, 6);
     assert_eq!(frame.codec, Codec::Zstd);
     let mut prefix = begin(&Domain::plain(), &reference(&frame), &frame.stored).unwrap();
     assert_eq!(prefix.bytes(), []);
     prefix.reach(1).unwrap();
-    assert_eq!(prefix.bytes().len(), raw.len() / 4);
+    assert_eq!(prefix.bytes().len(), raw.len() / 8);
     prefix.reach(17 * PAGE_BYTES).unwrap();
-    assert_eq!(prefix.bytes().len(), raw.len() / 4 * 3);
+    assert_eq!(prefix.bytes().len(), raw.len() / 8 * 5);
     assert!(!prefix.is_whole());
 }
 
