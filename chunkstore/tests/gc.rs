@@ -187,12 +187,15 @@ fn repacking_keeps_identities_and_content_and_collects_what_was_wasteful() {
     }
     let ids =
         |store: &Store| store.list().unwrap().into_iter().map(|s| (s.name, s.snapshot)).collect::<Vec<_>>();
-    let (before, used) = (ids(&store), store.usage().unwrap().total.stored_bytes);
+    let packs = || files_below(&dir.path().join("store/plain/packs")).len();
+    let (before, used, packs_before) = (ids(&store), store.usage().unwrap().total.stored_bytes, packs());
     let report = store.repack(Default::default(), &NoProgress).unwrap();
     assert_eq!(report.moved_snapshots, 5, "{report:?}");
     store.gc(AT_ONCE).unwrap();
     assert_eq!(before, ids(&store));
-    assert!(store.usage().unwrap().total.stored_bytes < used);
+    let now = store.usage().unwrap().total.stored_bytes;
+    // Random pages do not become denser, and what marks a pack as a new one takes up some forty bytes in each.
+    assert!(now < used + used / 1000 && packs() < packs_before, "{now} of {used}, {} packs", packs());
     memory_is(&store, "g4", &machine);
     assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
     let again = store.repack(Default::default(), &NoProgress).unwrap();

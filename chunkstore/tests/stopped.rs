@@ -17,7 +17,11 @@ use std::{
 use common::{Machine, files_below, fresh};
 use dormouse_chunkstore::{
     GcOptions, NoProgress, RepackOptions, Store, StoreError, StoreOptions, VerifyDepth,
-    backend::{Backend, faulty::FaultyBackend, open_url},
+    backend::{
+        Backend,
+        faulty::{Fault, FaultyBackend},
+        open_url,
+    },
 };
 use dormouse_core::Name;
 
@@ -210,6 +214,34 @@ fn a_repacker_that_goes_on_points_no_name_to_what_was_collected_meanwhile() {
 #[test]
 fn a_repacker_that_goes_on_before_it_announced_anything_moves_no_name() {
     repacker_is_stopped("put", "/announced/");
+}
+
+#[test]
+fn a_collector_that_goes_on_deletes_nothing_that_a_second_repacking_made() {
+    let scene = Scene::new();
+    let machine = Machine::new(60, 8);
+    machine.import(&scene.store(), "a", None).unwrap();
+    let options = RepackOptions { level: 1, ..Default::default() };
+    // The first one has stored all it made when it dies, and no name stands for it.
+    let dying = FaultyBackend::new(scene.backend.clone(), |_, op, key| {
+        (op == "put" && key.contains("/announced/")).then_some(Fault::Fail)
+    });
+    let dying = Store::with_backend(Arc::new(dying), StoreOptions::default());
+    assert!(matches!(dying.repack(options, &NoProgress), Err(StoreError::Unavailable { .. })));
+    let gate = Gate::default();
+    let (_, slow) = scene.stopped_at(&gate, |op, key| op == "delete" && key.contains("/packs/"));
+    thread::scope(|scope| {
+        let slow = scope.spawn(|| gate.pass(|| slow.gc(AT_ONCE)));
+        gate.wait_until_somebody_is_stopped();
+        scene.age("gc/lease", HOUR);
+        // The same pages and the same level: what it makes must not be what is about to be deleted.
+        assert_eq!(scene.store().repack(options, &NoProgress).unwrap().moved_snapshots, 1);
+        gate.open();
+        let _ = slow.join().unwrap();
+    });
+    scene.check(&machine, "a");
+    scene.store().gc(AT_ONCE).unwrap();
+    scene.check(&machine, "a");
 }
 
 #[test]

@@ -87,18 +87,15 @@ pub(crate) struct Packing {
 impl Packing {
     /// None for the first attempt; something nobody else has for later ones.
     pub(crate) fn of_attempt(attempt: usize) -> Self {
-        if attempt == 0 {
-            return Packing::default();
-        }
-        let seed = format!("{} {} {attempt}", std::process::id(), crate::store::now_unix_ms());
-        let mut salt = [0; 16];
-        salt.copy_from_slice(&blake3::hash(seed.as_bytes()).as_bytes()[..16]);
-        Packing { salt: Some(salt), dense: false }
+        Packing { salt: (attempt > 0).then(|| new_salt(attempt)), dense: false }
     }
 
     /// Packs that repacking makes, of frames as dense as they ever will be.
+    ///
+    /// Salted always: what an earlier repacking made and died over is garbage, and a collector that was stopped may be
+    /// about to delete it. Packs of the same names would be taken for stored and then deleted.
     pub(crate) fn dense() -> Self {
-        Packing { salt: None, dense: true }
+        Packing { salt: Some(new_salt(0)), dense: true }
     }
 
     /// An empty pack, but for the salt.
@@ -109,6 +106,14 @@ impl Packing {
         }
         builder
     }
+}
+
+fn new_salt(attempt: usize) -> [u8; 16] {
+    let host = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let seed = format!("{host} {} {} {attempt}", std::process::id(), crate::store::now_unix_ms());
+    let mut salt = [0; 16];
+    salt.copy_from_slice(&blake3::hash(seed.as_bytes()).as_bytes()[..16]);
+    salt
 }
 
 /// Compresses frames until there are no more, each by a permit of who puts them into order.

@@ -133,11 +133,12 @@ impl Store {
         let mut moves = self.order(&snapshots, &victims)?;
         self.group_similar(&mut moves, &mut || held.keep())?;
         progress.begin((moves.order.len() * dormouse_core::PAGE_BYTES) as u64);
-        let places =
-            self.move_pages(&victims, &moves, options.level, progress, &mut || held.keep(), report)?;
+        let packing = Packing::dense();
+        let how = (packing, options.level);
+        let places = self.move_pages(&victims, &moves, how, progress, &mut || held.keep(), report)?;
 
         let mut sections = HashMap::new();
-        let mut meta = MetaPacks::new(self, Packing::dense());
+        let mut meta = MetaPacks::new(self, packing);
         let mut moved = Vec::new();
         for snapshot in &snapshots {
             held.keep()?;
@@ -282,7 +283,7 @@ impl Store {
 
     /// Moves a reference to a root of the same snapshot; the root's bytes, or `None` if somebody else moved it meanwhile.
     ///
-    /// What is new was needed by nobody so far. That nobody collected it is sure as long as the lease was never lost; for
+    /// What is new was needed by nobody so far, and has a name that nothing had before ([`Packing`]). That nobody collected it is sure as long as the lease was never lost; for
     /// who takes it over from now on, since this process may be stopped right here, it is announced before that is asked.
     pub(crate) fn point_to(&self, old: &Reference, root: &Root, held: &mut Held<'_>) -> Result<Option<u64>> {
         if root.snapshot_id(&self.domain) != old.snapshot {

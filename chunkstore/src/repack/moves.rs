@@ -76,7 +76,7 @@ impl Store {
         &self,
         victims: &HashMap<PackId, Victim>,
         moves: &Moves,
-        level: i32,
+        (packing, level): (Packing, i32),
         progress: &dyn Progress,
         keep: &mut dyn FnMut() -> Result<()>,
         report: &mut RepackReport,
@@ -95,7 +95,7 @@ impl Store {
                 scope.spawn(move || compress_frames(domain, level, &raw, &permits, &frame_out));
             }
             drop((raw, frame_out));
-            scope.spawn(move || fill_packs(domain, Packing::dense(), &frames, frame_done, &pack_out));
+            scope.spawn(move || fill_packs(domain, packing, &frames, frame_done, &pack_out));
             scope.spawn(move || upload_packs(self, &packs, &stored_out, failure));
             for (sequence, pages) in moves.order.chunks(FRAME_PAGES_MAX).enumerate() {
                 keep()?;
