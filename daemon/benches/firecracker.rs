@@ -55,6 +55,7 @@ impl Bed {
             console: console.clone(),
             input: ConsoleInput::Typed,
             log: None,
+            own_group: false,
         };
         (Firecracker::spawn(&options, PATIENCE).unwrap(), console)
     }

@@ -46,6 +46,7 @@ impl Scene {
             console: console.clone(),
             input: ConsoleInput::Typed,
             log: Some(self.path(&format!("{name}.log"))),
+            own_group: false,
         };
         let process = Firecracker::spawn(&options, PATIENCE).expect("Firecracker");
         Machine { process, console }

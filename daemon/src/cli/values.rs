@@ -84,6 +84,9 @@ impl FromStr for Label {
     }
 }
 
+/// A hundred years: moments that far away can be reckoned with.
+const LONGEST_S: u64 = 100 * 365 * 24 * 60 * 60;
+
 /// A length of time: a number and `s`, `m`, `h` or `d`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || "write it as a number and a unit, for example 0s, 15m, 24h or 30d".to_string();
@@ -98,6 +101,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     };
     number
         .checked_mul(unit_s)
+        .filter(|s| *s <= LONGEST_S)
         .map(Duration::from_secs)
         .ok_or_else(|| "that is longer than any machine lives".into())
 }
@@ -163,7 +167,17 @@ mod tests {
         assert_eq!(duration("0s"), Ok(Duration::ZERO));
         assert_eq!(duration("15m"), Ok(Duration::from_secs(900)));
         assert_eq!(duration("2d"), Ok(Duration::from_secs(172_800)));
-        for wrong in ["", "5", "s", "-1s", "1.5h", "1w", "99999999999999999999s", "18446744073709551615d"] {
+        for wrong in [
+            "",
+            "5",
+            "s",
+            "-1s",
+            "1.5h",
+            "1w",
+            "99999999999999999999s",
+            "18446744073709551615d",
+            "18446744073709551615s",
+        ] {
             assert!(duration(wrong).is_err(), "{wrong:?} was taken for a duration");
         }
     }

@@ -166,6 +166,8 @@ pub(crate) struct WakeIn<'a> {
     pub(crate) scratch: &'a Path,
     /// Where a Firecracker that is started has its serial input from.
     pub(crate) input: ConsoleInput,
+    /// Whether it outlives a Ctrl-C at this process's terminal.
+    pub(crate) own_group: bool,
     /// With whom the VM is kept beyond this process, and what its next server is to know of it.
     pub(crate) keep: Option<(Arc<dyn Keeper>, BTreeMap<String, String>)>,
 }
@@ -173,7 +175,7 @@ pub(crate) struct WakeIn<'a> {
 impl<'a> WakeIn<'a> {
     /// For a command that serves one VM and ends with it.
     pub(crate) fn here(scratch: &'a Path) -> Self {
-        WakeIn { scratch, input: ConsoleInput::Inherited, keep: None }
+        WakeIn { scratch, input: ConsoleInput::Inherited, own_group: false, keep: None }
     }
 }
 
@@ -249,10 +251,10 @@ pub(crate) fn wake(
     open_store: impl FnOnce() -> Result<Store, Failure>,
 ) -> Result<Woken, Failure> {
     let mut timeline = Timeline::begin();
-    let WakeIn { scratch, input, keep } = within;
+    let WakeIn { scratch, input, own_group, keep } = within;
     // Firecracker starts while the store is asked.
     let (opened, vmm) = thread::scope(|scope| {
-        let vmm = scope.spawn(|| vmm(args, scratch, input));
+        let vmm = scope.spawn(|| vmm(args, scratch, input, own_group));
         let opened = open_store().and_then(|store| open(args, &store));
         timeline.mark("open");
         let vmm = vmm.join().unwrap_or_else(|_| Err(Failure::new("bug", "starting Firecracker panicked")));
@@ -304,7 +306,7 @@ fn open(args: &ResumeArgs, store: &Store) -> Result<(Opened, Vec<u8>), Failure> 
     Ok((opened, state))
 }
 
-fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput) -> Result<Vmm, Failure> {
+fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput, own_group: bool) -> Result<Vmm, Failure> {
     let api_socket = args.api_socket.clone().unwrap_or_else(|| scratch.join("api.sock"));
     let started = match &args.firecracker {
         None => None,
@@ -315,6 +317,7 @@ fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput) -> Result<Vmm, Fa
                 console: args.console.clone().unwrap_or_else(|| "/dev/null".into()),
                 input,
                 log: None,
+                own_group,
             };
             Some(Firecracker::spawn(&options, START_PATIENCE).map_err(|e| vmm_failure(&e))?)
         }
@@ -363,8 +366,11 @@ fn load(
                 timeline.mark("handshake");
                 serve(handshake).map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
             });
-        if session.is_err() {
-            // It would wait for its memory for ever, and so would the thread that loads it.
+        if let Err(failure) = &session
+            && (vmm.started.is_some() || failure.kind != NOBODY_CAME)
+        {
+            // It would wait for its memory for ever, and so would the thread that loads it. One that was found and never
+            // came for its memory may be running somebody else's guest by now: two may have asked for it at once.
             give_up(&process);
         }
         let loaded = loading.join().unwrap_or_else(|_| {

@@ -83,6 +83,14 @@ pub(crate) fn ps(args: &PsArgs, context: &Context) -> Result<Status, Failure> {
     Ok(Status::Done)
 }
 
+/// Where the daemon has a VM.
+fn path_of(vm: &str) -> Result<String, Failure> {
+    match vm.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) && !vm.is_empty() {
+        true => Ok(format!("/v1/vms/{vm}")),
+        false => Err(Failure::new("no_such_vm", format!("no VM is called {vm:?}; `dormouse ps` lists them"))),
+    }
+}
+
 pub(crate) fn stop(args: &StopArgs, context: &Context) -> Result<Status, Failure> {
     let document = match (&args.api_socket, &args.vm) {
         (Some(socket), _) => {
@@ -98,7 +106,7 @@ pub(crate) fn stop(args: &StopArgs, context: &Context) -> Result<Status, Failure
             let vm = vm.as_deref().unwrap_or_default();
             let request = StopRequest { grace_s: args.grace.as_secs() };
             match args.daemon.find(context)? {
-                Some(client) => client.post(&format!("/v1/vms/{vm}/stop"), &request)?,
+                Some(client) => client.post(&format!("{}/stop", path_of(vm)?), &request)?,
                 None => {
                     let message =
                         "no daemon is asked, and only one knows a VM by its name; give --api-socket";
@@ -113,7 +121,7 @@ pub(crate) fn stop(args: &StopArgs, context: &Context) -> Result<Status, Failure
 
 pub(crate) fn detach(args: &DetachArgs, context: &Context) -> Result<Status, Failure> {
     let client = args.control.find(context)?;
-    let document: Value = client.post(&format!("/v1/vms/{}/detach", args.vm), &Nothing::default())?;
+    let document: Value = client.post(&format!("{}/detach", path_of(&args.vm)?), &Nothing::default())?;
     context.print(&document, |out| writeln!(out, "{} needs the daemon no more", args.vm))?;
     Ok(Status::Done)
 }

@@ -257,7 +257,7 @@ pub(crate) fn absolute(what: &str, path: &Path) -> Result<(), Failure> {
 /// Longest time in a request.
 const LONGEST_S: u64 = 100 * 365 * 24 * 3600;
 
-fn seconds(what: &str, seconds: u64) -> Result<Duration, Failure> {
+pub(super) fn seconds(what: &str, seconds: u64) -> Result<Duration, Failure> {
     if seconds > LONGEST_S {
         return Err(Failure::usage(format!("{what} is longer than any machine lives")));
     }

@@ -13,7 +13,8 @@ use serde_json::Value;
 use super::{
     api::{Origin, WakeRequest},
     interrupted::{self, finish, left_behind},
-    scratch::{self, Mark, Scratch},
+    process::Process,
+    scratch::{self, Scratch},
     state::Daemon,
     vm::Vm,
     wake,
@@ -123,6 +124,9 @@ fn try_once(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn 
         }
         Err(Trouble::Never(failure)) => {
             tracing::error!(%failure, "a kept VM cannot be served; it waits, and stays kept");
+            // So that it can be stopped all the same.
+            let process = kept.vmm().ok().and_then(|vmm| Process::of(&vmm).ok());
+            vm.lock().process = process.map(Arc::new);
             wake::fail(daemon, vm, &failure);
             Tried::Done
         }
@@ -167,7 +171,7 @@ fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Kee
 fn was_not_woken(vm: &Vm) -> bool {
     let inner = vm.lock();
     let asked_for = serde_json::from_value::<WakeRequest>(inner.request.clone()).is_ok();
-    asked_for && inner.scratch.as_ref().is_some_and(|s| !s.has(Mark::Woken))
+    asked_for && inner.scratch.as_ref().is_some_and(Scratch::is_waking)
 }
 
 /// Nobody was told that it runs: it is ended, and whoever asked for it asks again.

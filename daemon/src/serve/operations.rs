@@ -1,14 +1,18 @@
 //! What can be done with a VM: standby, stop, detach. Each is done once however often it is asked for, and goes on
 //! when whoever asked hangs up.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use dormouse_chunkstore::NoProgress;
 use dormouse_vmm_glue::firecracker::ApiClient;
 use serde_json::{Value, json};
 
 use super::{
-    api::{Origin, StandbyRequest, State, StopRequest, VmDocument},
+    api::{Origin, StandbyRequest, State, StopRequest, VmDocument, seconds},
     process::Process,
     state::Daemon,
     vm::Vm,
@@ -37,6 +41,9 @@ pub(super) async fn standby(
     let Some(api_socket) = api_socket.or_else(|| request.api_socket.clone()) else {
         return Err(Failure::usage(format!("give api_socket: it is not known for {}", vm.id)));
     };
+    if let Some(socket) = &request.api_socket {
+        is_of(vm, socket.clone()).await?;
+    }
     if vm.is_over() {
         return Err(Failure::new("not_served", format!("{} is no more", vm.id)));
     }
@@ -56,6 +63,22 @@ pub(super) async fn standby(
         Ok(answer)
     };
     vm.once("standby", json!(request), work).await
+}
+
+/// Refuses an API socket that is another VM's.
+async fn is_of(vm: &Arc<Vm>, socket: PathBuf) -> Result<(), Failure> {
+    let Some(process) = vm.lock().process.clone() else { return Ok(()) };
+    let asked = socket.clone();
+    let found = tokio::task::spawn_blocking(move || process_at(&asked)).await;
+    let found = found.map_err(|e| Failure::new("bug", e.to_string()))?;
+    match found {
+        Ok(found) if found.peer().pid != process.pid() => {
+            let (at, pid) = (socket.display(), found.peer().pid);
+            Err(Failure::usage(format!("api_socket: process {pid}, not {}, listens at {at}", vm.id)))
+        }
+        // Nobody there: that is for the standby itself to tell.
+        _ => Ok(()),
+    }
 }
 
 /// What the same request gave before: its answer may have been lost. A guest that has run since is captured again,
@@ -87,7 +110,9 @@ pub(super) async fn standby_at(daemon: &Arc<Daemon>, request: StandbyRequest) ->
         Err(failure) => {
             let mut vms = daemon.vms();
             vms.retain(|vm| vm.is_over() && vm.lock().api_socket.as_deref() == Some(&socket));
-            return vms.iter().find_map(|vm| already(vm, &request)).ok_or(failure);
+            // Only the last that was there: what became of those before is no answer for it.
+            let last = vms.into_iter().max_by_key(|vm| vm.lock().ended_unix_ms);
+            return last.and_then(|vm| already(&vm, &request)).ok_or(failure);
         }
     };
     let known =
@@ -116,11 +141,17 @@ fn held(socket: &Path) -> Result<Process, Failure> {
 
 /// Ends a VM.
 pub(super) async fn stop(vm: &Arc<Vm>, request: StopRequest) -> Result<VmDocument, Failure> {
-    if !vm.is_over() {
+    // One that cannot be served is over for the daemon, and its process may live all the same.
+    let lives = vm.state() == State::Failed && vm.lock().process.is_some();
+    if lives || !vm.is_over() {
         let key = json!(request);
         vm.once("stop", key, move |vm| end(vm, request.grace_s).map(|()| Value::Null)).await?;
         // What there is to release is released, and the report is final.
-        vm.wait_over(END_PATIENCE).await;
+        if !vm.wait_over(END_PATIENCE).await {
+            let message =
+                format!("the process of {} has ended, and what was of it is not released yet", vm.id);
+            return Err(Failure { retryable: true, ..Failure::new("vm", message) });
+        }
     }
     Ok(vm.document())
 }
@@ -132,14 +163,15 @@ fn end(vm: &Vm, grace_s: u64) -> Result<(), Failure> {
     };
     let failed = |e: std::io::Error| Failure::new("vm", format!("ending {}: {e}", vm.id));
     let process = process.ok_or_else(|| Failure::new("not_served", format!("{} has no process", vm.id)))?;
-    if grace_s > 0 {
+    let grace = seconds("grace_s", grace_s)?;
+    if !grace.is_zero() {
         let Some(socket) = api_socket else {
             return Err(Failure::usage(format!("{} cannot be asked: its API socket is not known", vm.id)));
         };
         let api = ApiClient::new(&socket, KEYS_PATIENCE);
         if let Err(error) = api.put("/actions", &json!({"action_type": "SendCtrlAltDel"})) {
             tracing::warn!(%error, "the guest could not be asked to end");
-        } else if process.wait_ended(Duration::from_secs(grace_s)).map_err(failed)? {
+        } else if process.wait_ended(grace).map_err(failed)? {
             return Ok(());
         }
     }
@@ -177,7 +209,7 @@ pub(super) fn let_go(vm: &Vm) -> Result<(), Failure> {
     match session.detach() {
         Ok(report) => {
             vm.lock().report = Some(report);
-            vm.set_state(State::Detached);
+            vm.set_detached();
             Ok(())
         }
         Err(still) => {

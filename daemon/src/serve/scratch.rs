@@ -1,4 +1,4 @@
-//! The directory of one VM: its sockets, and notes to the next daemon of what was under way.
+//! The directory of one VM: its sockets, and a note to the next daemon that it is being woken.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -21,26 +21,16 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 #[derive(Clone, Debug)]
 pub(super) struct Scratch(PathBuf);
 
-/// What is noted there, as an empty file.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Mark {
-    /// The guest was let go on: whoever asked for it has been told, or will be.
-    Woken,
-}
-
-impl Mark {
-    fn file(self) -> &'static str {
-        match self {
-            Mark::Woken => "woken",
-        }
-    }
-}
+/// An empty file that is there until the guest was let go on: nobody has been told of it before. Its absence says that
+/// the VM lives a life of its own, so that a directory which was lost costs no VM.
+const WAKING: &str = "waking";
 
 impl Scratch {
-    /// A new one in `directory`. Its path is short, as a socket's must be.
+    /// A new one in `directory`, of a VM that is being woken. Its path is short, as a socket's must be.
     pub(super) fn make(directory: &Path, short_name: &str) -> Result<Self, Failure> {
         let path = directory.join(short_name);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        let made = made.and_then(|()| File::create(path.join(WAKING)));
         made.map_err(|e| Failure::file("making", &path, &e))?;
         Ok(Scratch(path))
     }
@@ -54,15 +44,16 @@ impl Scratch {
         &self.0
     }
 
-    /// Notes it.
-    pub(super) fn mark(&self, mark: Mark) {
-        if let Err(error) = File::create(self.0.join(mark.file())) {
-            tracing::warn!(%error, ?mark, "the next daemon will not know");
+    /// Notes that the guest was let go on: whoever asked for it has been told, or will be.
+    pub(super) fn woken(&self) {
+        if let Err(error) = fs::remove_file(self.0.join(WAKING)) {
+            tracing::error!(%error, path = %self.0.display(), "the next daemon will take this VM for one that never woke");
         }
     }
 
-    pub(super) fn has(&self, mark: Mark) -> bool {
-        self.0.join(mark.file()).exists()
+    /// Whether the guest was not let go on yet.
+    pub(super) fn is_waking(&self) -> bool {
+        self.0.join(WAKING).exists()
     }
 
     /// Removes it with all there is in it.
@@ -81,7 +72,7 @@ pub(super) fn clean(directory: &Path, kept: &[PathBuf]) {
         let scratch = Scratch(path);
         match scratch.firecracker() {
             // It was detached: it needs nobody.
-            Some(_) if scratch.has(Mark::Woken) => {}
+            Some(_) if !scratch.is_waking() => {}
             Some(process) => {
                 let killed = process.kill();
                 let pid = process.peer().pid;
@@ -101,7 +92,7 @@ impl Scratch {
             if let Ok(connection) = UnixStream::connect(self.0.join("api.sock")) {
                 return VmmProcess::of(&connection).ok();
             }
-            if self.has(Mark::Woken) || begun.elapsed() > START_PATIENCE {
+            if !self.is_waking() || begun.elapsed() > START_PATIENCE {
                 return None;
             }
             thread::sleep(LOOK_INTERVAL);

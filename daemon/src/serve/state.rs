@@ -1,8 +1,8 @@
 //! What the daemon knows: its store, its VMs, its listeners.
 
 use std::{
-    collections::BTreeMap,
-    path::PathBuf,
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -52,6 +52,21 @@ struct Tables {
     last_number: u64,
     /// What VMs did that are no longer told of.
     forgotten: Totals,
+    /// API sockets at which a VM is being woken.
+    reserved: BTreeSet<PathBuf>,
+}
+
+/// A Firecracker that nobody else wakes a VM in.
+#[derive(Debug)]
+pub(super) struct Reserved<'a> {
+    daemon: &'a Daemon,
+    api_socket: PathBuf,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.daemon.tables().reserved.remove(&self.api_socket);
+    }
 }
 
 impl Daemon {
@@ -170,6 +185,15 @@ impl Daemon {
         // What failed has counted nothing.
         tables.vms.insert(id, vm.clone());
         Ok((vm, true))
+    }
+
+    /// Has the Firecracker at `api_socket` for oneself, until the guard is dropped.
+    pub(super) fn reserve(&self, api_socket: &Path) -> Result<Reserved<'_>, Failure> {
+        if self.tables().reserved.insert(api_socket.to_owned()) {
+            return Ok(Reserved { daemon: self, api_socket: api_socket.to_owned() });
+        }
+        let message = format!("another VM is being woken at {}", api_socket.display());
+        Err(Failure { retryable: true, ..Failure::new("busy", message) })
     }
 
     /// Forgets those that have been over for longest, beyond the number told of.

@@ -118,6 +118,17 @@ impl Vm {
         self.state.send_replace(state);
     }
 
+    /// Its memory is served no more. One that has ended meanwhile stays ended.
+    pub(super) fn set_detached(&self) {
+        self.state.send_if_modified(|state| {
+            let goes_on = !matches!(state, State::Ended | State::Failed);
+            if goes_on {
+                *state = State::Detached;
+            }
+            goes_on
+        });
+    }
+
     /// Whether it is gone or never was.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.state(), State::Ended | State::Failed)

@@ -10,7 +10,7 @@ use super::{
     api::{Origin, State, VmDocument, WakeRequest},
     kept,
     process::Process,
-    scratch::{Mark, Scratch},
+    scratch::Scratch,
     state::Daemon,
     vm::{Vm, now_unix_ms},
 };
@@ -81,11 +81,13 @@ fn begin(daemon: &Arc<Daemon>, vm: &Arc<Vm>, args: &ResumeArgs, input: ConsoleIn
         // The request came again at the very moment it was done.
         return Ok(());
     }
+    // Of two that want the same Firecracker the second is told so before it touches it.
+    let _reserved = args.api_socket.as_deref().map(|socket| daemon.reserve(socket)).transpose()?;
     let scratch = Scratch::make(&daemon.directory, &daemon.short_name())?;
     let keep = daemon.keeper.as_ref().map(|keeper| (keeper.clone(), kept::notes(vm, Some(&scratch))));
-    let within = WakeIn { scratch: scratch.path(), input, keep };
+    let within = WakeIn { scratch: scratch.path(), input, own_group: true, keep };
     let woken = resume::wake(args, within, || Ok(daemon.store.clone())).inspect_err(|_| scratch.remove())?;
-    scratch.mark(Mark::Woken);
+    scratch.woken();
     daemon.metrics.resumed(&woken.document);
     traces::tell(&vm.span(), "dormouse.snapshot", woken.document.snapshot.clone());
     {

@@ -13,6 +13,7 @@ mod huge_pages;
 mod huge_stream;
 mod interrupted;
 mod jail;
+mod not_ours;
 mod scene;
 mod serve_api;
 mod serve_kept;

@@ -79,6 +79,7 @@ impl Scene {
             console: console.clone(),
             input: ConsoleInput::Typed,
             log: Some(self.path(&format!("{name}.log"))),
+            own_group: false,
         };
         let process = Firecracker::spawn(&options, PATIENCE).unwrap();
         Machine { process, console: Console(console) }

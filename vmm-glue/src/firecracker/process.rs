@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -34,6 +35,9 @@ pub struct FirecrackerOptions {
     pub input: ConsoleInput,
     /// The file its log goes to. `None` leaves it on standard output, amid what the guest says.
     pub log: Option<PathBuf>,
+    /// Whether it is in a process group of its own, and so outlives a Ctrl-C at the terminal of this process. It cannot
+    /// read from that terminal then.
+    pub own_group: bool,
 }
 
 /// Where a guest's serial input comes from.
@@ -94,6 +98,16 @@ pub enum ProcessError {
         /// How.
         status: std::process::ExitStatus,
     },
+    /// Somebody else's API is there.
+    #[error(
+        "process {pid}, not the Firecracker started for it, listens at {path}; give each an API socket of its own"
+    )]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        pid: i32,
+    },
     /// Its API did not come.
     #[error("Firecracker's API socket {0} did not come in time")]
     NoApi(PathBuf),
@@ -108,7 +122,7 @@ impl Firecracker {
     /// # Errors
     /// [`ProcessError`]; the process is gone then.
     pub fn spawn(options: &FirecrackerOptions, timeout: Duration) -> Result<Self, ProcessError> {
-        let FirecrackerOptions { binary, api_socket, console, input, log } = options;
+        let FirecrackerOptions { binary, api_socket, console, input, log, own_group } = options;
         remove_stale_socket(api_socket)?;
         let console_error = |source| ProcessError::Console { path: console.clone(), source };
         let output = File::create(console).map_err(console_error)?;
@@ -120,6 +134,9 @@ impl Firecracker {
             let made = File::options().append(true).create(true).open(log);
             made.map_err(|source| ProcessError::Log { path: log.clone(), source })?;
             command.arg("--log-path").arg(log);
+        }
+        if *own_group {
+            command.process_group(0);
         }
         let mut child = command
             .stdin(match input {
@@ -143,7 +160,10 @@ impl Firecracker {
 
     fn wait_for_api(&mut self, timeout: Duration) -> Result<(), ProcessError> {
         let deadline = Instant::now() + timeout;
-        while UnixStream::connect(&self.api_socket).is_err() {
+        let connection = loop {
+            if let Ok(connection) = UnixStream::connect(&self.api_socket) {
+                break connection;
+            }
             if let Some(status) = self.try_wait()? {
                 return Err(ProcessError::Ended { status });
             }
@@ -151,8 +171,22 @@ impl Firecracker {
                 return Err(ProcessError::NoApi(self.api_socket.clone()));
             }
             std::thread::sleep(LOOK_INTERVAL);
+        };
+        // Two that were started at once for one path: it is the other's. What is started may be a script around it.
+        let listener = rustix::net::sockopt::socket_peercred(&connection).map_err(io::Error::from)?.pid;
+        let ours = self.child.as_ref().map(Child::id);
+        match ours.is_some_and(|ours| descends(listener.as_raw_nonzero().get(), ours)) {
+            true => Ok(()),
+            false => {
+                let (path, pid) = (self.api_socket.clone(), listener.as_raw_nonzero().get());
+                // Its socket is not for us to remove.
+                if let Some(mut child) = self.child.take() {
+                    child.kill()?;
+                    child.wait()?;
+                }
+                Err(ProcessError::Taken { path, pid })
+            }
         }
-        Ok(())
     }
 
     /// A client of its API. A request may take `timeout`.
@@ -212,4 +246,18 @@ impl Drop for Firecracker {
             tracing::warn!(%error, "Firecracker could not be ended");
         }
     }
+}
+
+/// Whether process `pid` is `ancestor`, or was started by it or by what it started.
+fn descends(pid: i32, ancestor: u32) -> bool {
+    let mut next = u32::try_from(pid).ok();
+    while let Some(pid) = next.filter(|pid| *pid > 1) {
+        if pid == ancestor {
+            return true;
+        }
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // Behind the name, which may hold anything: state, parent.
+        next = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+    }
+    false
 }
