@@ -20,7 +20,7 @@ use dormouse_chunkstore::{
         faulty::{Fault, FaultyBackend},
     },
 };
-use dormouse_core::{DomainKey, Name};
+use dormouse_core::{Domain, DomainKey, Name, Reference, RootId, envelope};
 
 const AT_ONCE: GcOptions = GcOptions { grace: Duration::ZERO, dry_run: false };
 
@@ -299,6 +299,34 @@ fn roots_device_state_and_first_pages_come_back_from_resume_streams() {
         }
         assert_eq!(states, 3, "of each machine");
     }
+}
+
+/// Another version of zstd, or of Dormouse, makes other bytes of the same root. They have another hash.
+#[test]
+fn a_root_that_this_version_would_write_otherwise_comes_back_byte_for_byte() {
+    let scene = Scene::new(None);
+    let store = scene.stranger();
+    let snapshot = store.open_snapshot(&name("a")).unwrap();
+    let raw = snapshot.root().to_raw();
+    // Not compressed at all: magic, a header with the size, and one raw block, the last.
+    let bytes = (raw.len() as u32).to_le_bytes();
+    let block = (raw.len() as u32 * 8 + 1).to_le_bytes();
+    let body = [&bytes[..], &[0x28, 0xB5, 0x2F, 0xFD, 0xA0], &bytes, &block[..3], &raw].concat();
+    let kind = envelope::Kind { magic: *b"DORMROOT", what: "root", body_bytes_max: 1 << 20 };
+    let object = Bytes::from(envelope::wrap(kind, &Domain::plain(), body));
+    let root = RootId::of(&object);
+    assert_ne!(root, snapshot.reference().root, "other bytes");
+    let key = format!("plain/roots/{root}");
+    scene.backend.put_new(&key, object.clone()).unwrap();
+    let reference = Reference { root, root_bytes: object.len() as u32, ..snapshot.reference().clone() };
+    scene.backend.put_again("plain/refs/a", reference.encode(&Domain::plain()).into()).unwrap();
+    let first = TouchedRun { image: 0, pages: 0..10 };
+    store.build_stream(&store.open_snapshot(&name("a")).unwrap(), &[first]).unwrap();
+    scene.backend.delete(&key).unwrap();
+    let report = repair(&scene.stranger(), &RepairOptions::default());
+    assert!(report.left.is_clean() && report.found[0].object == key, "{report:?}");
+    assert_eq!(scene.backend.get(&key, None).unwrap().unwrap(), object);
+    scene.check_whole("a root of another version was missing");
 }
 
 #[test]

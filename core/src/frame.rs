@@ -190,6 +190,12 @@ impl EncodedFrame {
         Self::seal(domain, raw, Codec::Zstd, compress(raw, level))
     }
 
+    /// [`EncodedFrame::encode`] with blocks of `block_bytes`, as versions before this one may have made it: for whoever
+    /// wants to know whether something is what a frame held of which only the hash is left.
+    pub fn encode_in_blocks(domain: &Domain, raw: &[u8], level: i32, block_bytes: u32) -> Self {
+        Self::seal(domain, raw, Codec::Zstd, compress_in_blocks(raw, level, block_bytes))
+    }
+
     /// [`EncodedFrame::encode`] for frames that somebody waits for: guest memory takes some 7 % more bytes than at zstd's
     /// level -1, and half its time to decode.
     pub fn encode_for_speed(domain: &Domain, raw: &[u8]) -> Self {
@@ -212,15 +218,20 @@ impl EncodedFrame {
 
 thread_local! {
     // A zstd context is hundreds of KiB to set up; each thread keeps its own between frames.
-    static COMPRESSOR: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
+    static COMPRESSOR: RefCell<Option<((i32, u32), zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
 /// Compresses `raw`, or `None` if zstd fails (it is then stored raw).
 pub(crate) fn compress(raw: &[u8], level: i32) -> Option<Vec<u8>> {
+    compress_in_blocks(raw, level, block_bytes(level))
+}
+
+fn compress_in_blocks(raw: &[u8], level: i32, block_bytes: u32) -> Option<Vec<u8>> {
+    let how = (level, block_bytes);
     COMPRESSOR.with_borrow_mut(|slot| {
-        if slot.as_ref().is_none_or(|(l, _)| *l != level) {
-            *slot = Some((level, compressor(level)?));
+        if slot.as_ref().is_none_or(|(h, _)| *h != how) {
+            *slot = Some((how, compressor(level, block_bytes)?));
         }
         slot.as_mut()?.1.compress(raw).ok()
     })
@@ -229,9 +240,12 @@ pub(crate) fn compress(raw: &[u8], level: i32) -> Option<Vec<u8>> {
 /// Guest memory changes its nature from page to page, so entropy tables pay for being made anew more often than zstd
 /// does by itself (once in 128 KiB): 1 % fewer bytes. And a fault waits only for the blocks up to its page. See
 /// `docs/DENSITY.md`.
-fn compressor(level: i32) -> Option<zstd::bulk::Compressor<'static>> {
+pub const fn block_bytes(level: i32) -> u32 {
+    if level < 13 { 16 << 10 } else { 32 << 10 }
+}
+
+fn compressor(level: i32, block_bytes: u32) -> Option<zstd::bulk::Compressor<'static>> {
     let mut compressor = zstd::bulk::Compressor::new(level).ok()?;
-    let block_bytes = if level < 13 { 16 << 10 } else { 32 << 10 };
     compressor.set_parameter(zstd::zstd_safe::CParameter::MaxBlockSize(block_bytes)).ok()?;
     Some(compressor)
 }

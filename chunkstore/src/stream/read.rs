@@ -206,6 +206,11 @@ impl ResumeStream {
         &self.head
     }
 
+    /// The object of the root that it was built from.
+    pub(crate) fn into_root_object(mut self) -> Vec<u8> {
+        std::mem::take(&mut self.head.root_object)
+    }
+
     /// Bytes of the whole object.
     pub fn stored_bytes(&self) -> u64 {
         self.head.object_bytes(PREFIX_BYTES as u64)

@@ -7,7 +7,8 @@
 use std::collections::{BTreeSet, HashMap};
 
 use dormouse_core::{
-    ChunkId, Domain, FrameHash, FrameRef, PAGE_BYTES, PackFooter, PackId, PackRef, frame::EncodedFrame,
+    ChunkId, Domain, FrameHash, FrameRef, PAGE_BYTES, PackFooter, PackId, PackRef,
+    frame::{EncodedFrame, block_bytes},
     pack::FrameKind,
 };
 use serde::Serialize;
@@ -133,6 +134,15 @@ impl Lost {
         }
     }
 
+    /// Whether these bytes, compressed at this level by any version, are the frame.
+    fn is_of(&self, domain: &Domain, raw: &[u8], level: i32) -> bool {
+        // Twice as large before they were made smaller, and at first those of zstd itself.
+        let now = block_bytes(level);
+        [now, 2 * now, 128 << 10]
+            .into_iter()
+            .any(|block| EncodedFrame::encode_in_blocks(domain, raw, level, block).hash == self.at.hash)
+    }
+
     /// Tries whether pages that were guessed are, together, what the frame held.
     pub(super) fn prove(&mut self, domain: &Domain) {
         if self.is_found() || self.guesses.iter().all(Vec::is_empty) {
@@ -157,7 +167,7 @@ impl Lost {
                 left /= pages.len();
             }
             let mut levels = LIKELY_LEVELS.into_iter().chain(LEVELS.filter(|_| number == 0));
-            if levels.any(|level| EncodedFrame::encode(domain, &raw, level).hash == self.at.hash) {
+            if levels.any(|level| self.is_of(domain, &raw, level)) {
                 self.sources.extend(self.guesses.iter().flatten().map(|(_, source)| *source));
                 self.pages = raw.chunks_exact(PAGE_BYTES).map(|page| Some(page.to_vec())).collect();
                 return;
@@ -264,4 +274,35 @@ fn first_readable<'a, T: 'a>(
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost(pages: usize, stored: &EncodedFrame) -> Lost {
+        let (raw_bytes, stored_bytes) = ((pages * PAGE_BYTES) as u32, stored.stored.len() as u32);
+        let (codec, hash) = (stored.codec, stored.hash);
+        let at = FrameRef { pack: 0, offset: 32, stored_bytes, raw_bytes, codec, hash };
+        Lost { slots: ((1u64 << pages) - 1) as u32, ..Lost::new(PackId([1; 32]), at, FrameKind::Pages) }
+    }
+
+    /// Blocks became smaller twice, and what was stored before stays what it is.
+    #[test]
+    fn pages_of_a_frame_that_an_older_version_compressed_are_proven() {
+        let domain = Domain::plain();
+        let bytes = (0..32 * PAGE_BYTES as u64).map(|i| (i * i >> 9) as u8 & 63);
+        let raw: Vec<u8> = bytes.collect();
+        for (level, block) in [(DEFAULT_LEVEL, 32 << 10), (DENSE_LEVEL, 64 << 10), (3, 128 << 10)] {
+            let frame = EncodedFrame::encode_in_blocks(&domain, &raw, level, block);
+            let now = EncodedFrame::encode(&domain, &raw, level);
+            assert_ne!(frame.hash, now.hash, "blocks of {block} bytes make other bytes");
+            let mut lost = lost(32, &frame);
+            for (slot, page) in raw.chunks_exact(PAGE_BYTES).enumerate() {
+                lost.offer(&domain, slot, page, Source::ImageFile);
+            }
+            lost.prove(&domain);
+            assert!(lost.is_found(), "level {level}, blocks of {block} bytes");
+        }
+    }
 }

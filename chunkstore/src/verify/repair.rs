@@ -10,7 +10,7 @@ use std::{
     path::PathBuf,
 };
 
-use dormouse_core::Name;
+use dormouse_core::{Name, RootId};
 use serde::Serialize;
 
 use super::{Damage, Examination, VerifyDepth, VerifyReport, lost::Source, reason, work::Work};
@@ -122,11 +122,12 @@ impl Store {
                 Ok(_) => continue,
             };
             let Ok(resume) = self.open_resume(&reference.name) else { continue };
-            let (id, object) = resume.snapshot.root().encode(&self.domain);
-            if id != reference.root {
+            // The bytes that the stream carries, and not the same root encoded once more: another version made others of it.
+            let object = resume.stream.map(|stream| stream.into_root_object()).unwrap_or_default();
+            if RootId::of(&object) != reference.root {
                 continue;
             }
-            let key = self.keys.root(id);
+            let key = self.keys.root(reference.root);
             report.new_objects += 1;
             report.new_bytes += object.len() as u64;
             self.put_content(&key, object)?;
