@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use dormouse_core::Reference;
+use dormouse_core::{Reference, reference};
 
 use crate::{
     error::{Result, StoreError},
@@ -48,7 +48,7 @@ impl Store {
             if counts { valid.push(meta.key) } else { stale.push(meta.key) }
         })?;
         let mut references = Vec::new();
-        let read = |key: String| Ok((self.backend.get(&key, None)?, key));
+        let read = |key: String| Ok((self.get_whole(&key, reference::OBJECT_BYTES_MAX)?, key));
         self.side_by_side(valid, read, |(object, key)| {
             // `None`: withdrawn between the listing and now.
             let Some(object) = object else { return Ok(()) };

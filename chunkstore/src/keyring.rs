@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dormouse_core::{Domain, DomainId, DomainKey, Keyring};
+use dormouse_core::{Domain, DomainId, DomainKey, Keyring, keyring};
 use serde::Serialize;
 
 use crate::{
@@ -260,7 +260,7 @@ impl Store {
 
     fn read_keyring(&self, user: &DomainKey) -> Result<Option<Keyring>> {
         let key = keyring_key(user.id());
-        let Some(object) = self.backend.get(&key, None)? else { return Ok(None) };
+        let Some(object) = self.get_whole(&key, keyring::OBJECT_BYTES_MAX)? else { return Ok(None) };
         Keyring::decode(user, &object).map(Some).map_err(|why| StoreError::Damaged { key, why })
     }
 

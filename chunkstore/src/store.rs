@@ -10,6 +10,7 @@ use bytes::Bytes;
 use dormouse_core::{
     Domain, DomainKey, FormatError, FrameRef, Name, PackFooter, PackId, PackRef, Reference, Root, RootId,
     pack::{TRAILER_BYTES, parse_trailer},
+    root,
 };
 
 use crate::{
@@ -180,9 +181,21 @@ impl Store {
         StoreError::NoSuchSnapshot { name: name.to_string(), store: self.url().to_owned() }
     }
 
+    /// A whole object, of at most `limit` bytes: whoever can write the store can put there what no memory holds, and
+    /// nothing is allocated for that.
+    pub(crate) fn get_whole(&self, key: &str, limit: u64) -> Result<Option<Bytes>> {
+        let object = self.backend.get(key, Some(0..limit + 1))?;
+        if object.as_ref().is_none_or(|object| object.len() as u64 <= limit) {
+            return Ok(object);
+        }
+        let value = self.backend.head(key)?.unwrap_or(limit + 1);
+        let why = FormatError::OverLimit { what: "object bytes", value, limit };
+        Err(StoreError::Damaged { key: key.to_owned(), why })
+    }
+
     pub(crate) fn read_root(&self, id: RootId, name: Option<&Name>) -> Result<Root> {
         let key = self.keys.root(id);
-        let object = self.backend.get(&key, None)?.ok_or_else(|| StoreError::Missing {
+        let object = self.get_whole(&key, root::OBJECT_BYTES_MAX)?.ok_or_else(|| StoreError::Missing {
             key: key.clone(),
             referrer: name.map_or_else(|| "a reference".to_owned(), |n| format!("snapshot {n}")),
         })?;
@@ -267,7 +280,8 @@ impl Store {
             Err(e) if e.is_retryable() => self.backend.put_new(key, bytes.clone())?,
             other => other?,
         };
-        if outcome == PutOutcome::Exists && self.backend.get(key, None)?.as_ref() != Some(&bytes) {
+        let all_and_more = || Some(0..bytes.len() as u64 + 1);
+        if outcome == PutOutcome::Exists && self.backend.get(key, all_and_more())?.as_ref() != Some(&bytes) {
             tracing::warn!(key, "an object was damaged and has been written again");
             self.backend.put_again(key, bytes)?;
         }

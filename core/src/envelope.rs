@@ -46,6 +46,13 @@ pub struct Kind {
     pub body_bytes_max: usize,
 }
 
+impl Kind {
+    /// Most bytes an object of this kind may have.
+    pub const fn object_bytes_max(&self) -> u64 {
+        (HEADER_BYTES + self.body_bytes_max + CHECKSUM_BYTES) as u64
+    }
+}
+
 /// Bytes every object begins with: magic, versions, flags, domain.
 pub(crate) const START_BYTES: usize = 32;
 

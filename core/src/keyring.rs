@@ -11,6 +11,8 @@ use crate::{
 };
 
 const KIND: Kind = Kind { magic: *b"DORMKEYS", what: "keyring", body_bytes_max: 256 };
+/// Largest keyring object a reader accepts.
+pub const OBJECT_BYTES_MAX: u64 = KIND.object_bytes_max();
 const WRAPPED: u8 = 0;
 const RETIRED: u8 = 1;
 

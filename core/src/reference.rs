@@ -11,6 +11,8 @@ use crate::{
 };
 
 const KIND: Kind = Kind { magic: *b"DORMREF\0", what: "reference", body_bytes_max: REFERENCE_BYTES_MAX };
+/// Largest reference object a reader accepts.
+pub const OBJECT_BYTES_MAX: u64 = KIND.object_bytes_max();
 
 /// What a name stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]

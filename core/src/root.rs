@@ -27,6 +27,8 @@ use crate::{
 const BODY_BYTES_MAX: usize = ROOT_BYTES_MAX + ROOT_BYTES_MAX / 128;
 const KIND: Kind = Kind { magic: *b"DORMROOT", what: "root", body_bytes_max: BODY_BYTES_MAX };
 const LEVEL: i32 = 3;
+/// Largest root object a reader accepts.
+pub const OBJECT_BYTES_MAX: u64 = KIND.object_bytes_max();
 
 /// What an image is to its machine. Both are stored alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

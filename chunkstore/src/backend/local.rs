@@ -20,7 +20,7 @@ use object_store::local::LocalFileSystem;
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    Backend, Leftovers, ObjectMeta, PutOutcome, Version,
+    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version,
     object::{ObjectBackend, Runner},
 };
 use crate::{
@@ -99,6 +99,7 @@ impl LocalBackend {
     }
 }
 
+/// Of what is read of an object: more of it than that is damage, whatever it is.
 fn version_of(bytes: &[u8]) -> Version {
     Version { e_tag: Some(blake3::hash(bytes).to_hex().to_string()), version: None }
 }
@@ -162,7 +163,7 @@ impl Backend for LocalBackend {
     }
 
     fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
-        Ok(match self.get(key, None)? {
+        Ok(match self.get(key, Some(0..MUTABLE_BYTES_MAX + 1))? {
             Some(bytes) => {
                 let version = version_of(&bytes);
                 ((!bytes.is_empty()).then_some(bytes), Some(version))

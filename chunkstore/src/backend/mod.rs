@@ -36,6 +36,9 @@ pub struct Version {
     pub(crate) version: Option<String>,
 }
 
+/// Most bytes of a mutable object: a reference, or the collector's lease, which is smaller.
+pub const MUTABLE_BYTES_MAX: u64 = dormouse_core::reference::OBJECT_BYTES_MAX;
+
 /// Whether a new object was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutOutcome {
@@ -96,7 +99,8 @@ pub trait Backend: Send + Sync + Debug {
     /// Replaces an immutable object whose bytes were found to be damaged.
     fn put_again(&self, key: &str, bytes: Bytes) -> Result<()>;
 
-    /// A mutable object and its version. An empty object is a tombstone and counts as absent, yet has a version.
+    /// A mutable object and its version. An empty object is a tombstone and counts as absent, yet has a version. Of one
+    /// larger than any may be, [`MUTABLE_BYTES_MAX`] bytes and one more are given, so that it is no more than damaged.
     fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)>;
 
     /// Writes a mutable object if its version is still `expected` (`None`: if there is none yet). Empty `bytes`

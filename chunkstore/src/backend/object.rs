@@ -2,14 +2,14 @@
 
 use std::{future::Future, ops::Range, sync::Arc};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use object_store::{
     Error as OsError, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
     path::Path,
 };
 
-use super::{Backend, ObjectMeta, PutOutcome, Version};
+use super::{Backend, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version};
 use crate::error::{Result, StoreError};
 
 /// How futures are run: network clients need a runtime, the local file system does not.
@@ -199,7 +199,19 @@ impl Backend for ObjectBackend {
             let result = self.store.get(&self.path(key)).await?;
             let meta = &result.meta;
             let version = Version { e_tag: meta.e_tag.clone(), version: meta.version.clone() };
-            Ok((result.bytes().await?, version))
+            if meta.size <= MUTABLE_BYTES_MAX {
+                return Ok((result.bytes().await?, version));
+            }
+            // Not asked for as a range, which stores refuse for a tombstone: what is too much is not read to its end.
+            let most = MUTABLE_BYTES_MAX as usize + 1;
+            let (mut parts, mut bytes) = (result.into_stream(), BytesMut::new());
+            while bytes.len() < most
+                && let Some(part) = parts.next().await
+            {
+                let part = part?;
+                bytes.extend_from_slice(&part[..part.len().min(most - bytes.len())]);
+            }
+            Ok((bytes.freeze(), version))
         });
         match got {
             Ok((bytes, version)) => Ok(((!bytes.is_empty()).then_some(bytes), Some(version))),

@@ -33,6 +33,8 @@ use crate::{
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// Objects deleted before it is asked whether the lease has to be renewed.
 const DELETE_BATCH: usize = 1000;
+/// A mark holds a key. What somebody else put there is cut.
+const MARK_BYTES_MAX: u64 = 1024;
 
 /// How to collect.
 #[derive(Clone, Copy, Debug)]
@@ -216,7 +218,7 @@ impl Store {
             // A predecessor that goes on after all deletes what it had condemned. As long as the marks stand, nobody stores
             // the same again under the same name and relies on it: they stand for a week from now.
             gone.extend(deleted);
-            let stand = |key: String| match self.backend.get(&key, None)? {
+            let stand = |key: String| match self.backend.get(&key, Some(0..MARK_BYTES_MAX))? {
                 Some(mark) => self.backend.put_again(&key, mark),
                 None => Ok(()),
             };

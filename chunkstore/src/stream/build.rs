@@ -11,6 +11,7 @@ use dormouse_core::{
     Name, PAGE_BYTES, PageIndex,
     frame::EncodedFrame,
     limits::BLOB_PIECE_BYTES,
+    root,
     stream::{STREAM_FRAME_PAGES_MAX, StreamBlob, StreamBuilder, StreamHead, StreamPart},
 };
 use serde::{Deserialize, Serialize};
@@ -82,8 +83,7 @@ impl Store {
         let root = snapshot.root();
         let key = self.keys.root(reference.root);
         let root_object = self
-            .backend
-            .get(&key, None)?
+            .get_whole(&key, root::OBJECT_BYTES_MAX)?
             .ok_or_else(|| StoreError::Missing { key, referrer: format!("snapshot {}", reference.name) })?;
         let blobs =
             root.blobs.iter().map(|b| StreamBlob { id: b.id.clone(), bytes: b.bytes, content: b.content });

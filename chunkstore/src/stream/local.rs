@@ -16,7 +16,7 @@ use std::{
 
 use dormouse_core::{
     Name, SnapshotId,
-    stream::{PREFIX_BYTES, StreamHead},
+    stream::{PREFIX_BYTES, STREAM_BYTES_MAX, StreamHead},
 };
 
 use crate::{
@@ -147,7 +147,7 @@ impl Store {
         };
         let path = self.local_stream_path(name).ok_or_else(no_cache)?;
         let key = self.keys.stream(&self.domain, name);
-        let Some(object) = self.backend.get(&key, None)? else { return Ok(None) };
+        let Some(object) = self.get_whole(&key, STREAM_BYTES_MAX)? else { return Ok(None) };
         let damaged = |why| StoreError::Damaged { key: key.clone(), why };
         let head = StreamHead::decode(&self.domain, &object).map_err(damaged)?;
         if head.snapshot != snapshot.reference().snapshot {

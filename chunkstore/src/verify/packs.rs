@@ -27,7 +27,8 @@ impl Store {
     /// Reads a whole pack and checks all there is to check.
     pub(super) fn check_pack(&self, want: &Wanted, findings: &mut Findings) -> Result<u64> {
         let key = self.keys.pack(want.pack.id);
-        let Some(object) = self.backend.get(&key, None)? else {
+        // One byte more shows that there is more.
+        let Some(object) = self.backend.get(&key, Some(0..want.pack.object_bytes() + 1))? else {
             findings.add(&key, &"it is missing", want.everyone());
             return Ok(0);
         };

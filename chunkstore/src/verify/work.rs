@@ -43,7 +43,7 @@ pub(super) struct Work<'a> {
 impl Store {
     /// Takes what is still whole in a damaged pack or cached on this host, and notes what is lost.
     pub(super) fn salvage(&self, want: &Wanted, work: &mut Work<'_>) -> Result<()> {
-        let object = self.backend.get(&self.keys.pack(want.pack.id), None)?;
+        let object = self.backend.get(&self.keys.pack(want.pack.id), Some(0..want.pack.object_bytes()))?;
         let range = want.pack.footer_range();
         let footer = object.as_ref().and_then(|o| o.get(range.start as usize..range.end as usize));
         let footer = footer.and_then(|f| PackFooter::decode(&self.domain, want.pack.id, f).ok());
