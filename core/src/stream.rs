@@ -165,11 +165,19 @@ impl StreamHead {
         let n = r.count("frames in a stream", STREAM_FRAMES_MAX, 5 + FrameHash::BYTES)?;
         let mut frames = Vec::with_capacity(n);
         let mut offset = frames_at;
+        let mut state_bytes = vec![0; blobs.len()];
         for _ in 0..n {
             let frame = read_frame(&mut r, &mut offset, blobs.len())?;
+            if let StreamPart::State { blob } = frame.part {
+                state_bytes[blob as usize] += u64::from(frame.at.raw_bytes);
+            }
             frames.push(frame);
         }
         r.end()?;
+        // Whoever puts a state together takes up as much memory as its pieces say.
+        if blobs.iter().zip(&state_bytes).any(|(blob, bytes)| blob.bytes != *bytes) {
+            return Err(r.malformed("the pieces of a state do not add up to its size"));
+        }
         Ok(StreamHead { snapshot, root, root_object, blobs, frames })
     }
 }
@@ -177,6 +185,9 @@ impl StreamHead {
 fn read_frame(r: &mut Reader<'_>, offset: &mut u64, blobs: usize) -> Result<StreamFrame, FormatError> {
     let stored = r.bounded("stored frame bytes", STREAM_BYTES_MAX - (*offset).min(STREAM_BYTES_MAX))?;
     let raw_bytes = r.bounded("raw frame bytes", META_FRAME_BYTES_MAX as u64)?;
+    if stored == 0 || raw_bytes == 0 {
+        return Err(r.malformed("a frame is empty"));
+    }
     let codec = Codec::of_stream(r.u8()?).ok_or_else(|| r.malformed("unknown frame codec"))?;
     let hash = FrameHash(r.array()?);
     let at = FrameRef {
@@ -211,6 +222,9 @@ fn read_frame(r: &mut Reader<'_>, offset: &mut u64, blobs: usize) -> Result<Stre
                     return Err(r.malformed("a run is empty"));
                 }
                 total += pages;
+                if total > STREAM_FRAME_PAGES_MAX as u64 {
+                    return Err(r.malformed("a frame has more pages than any may have"));
+                }
                 last = (first + pages) as i64;
                 runs.push(first..first + pages);
             }
@@ -343,6 +357,43 @@ mod tests {
             assert_eq!(pages.part, StreamPart::Pages { image: 0, runs: vec![70..72, 3..4] });
             assert_eq!(pages.at.decode(&domain, bytes(pages)).unwrap().len(), 3 * PAGE_BYTES);
         }
+    }
+
+    /// What a stream of one state of `bytes` with these frames decodes to.
+    fn decoded(bytes: u64, frames: &[(StreamPart, EncodedFrame)]) -> Result<StreamHead, FormatError> {
+        let blobs = vec![StreamBlob { id: ImageId::new("vmstate").unwrap(), bytes, content: [9; 32] }];
+        let mut b = StreamBuilder::new(SnapshotId([1; 32]), RootId([2; 32]), b"root".to_vec(), blobs);
+        frames.iter().for_each(|(part, frame)| b.push(part, frame));
+        StreamHead::decode(&Domain::plain(), &b.finish(&Domain::plain()))
+    }
+
+    #[test]
+    fn pieces_of_a_state_add_up_to_its_size() {
+        let piece =
+            |raw: &[u8]| (StreamPart::State { blob: 0 }, EncodedFrame::encode(&Domain::plain(), raw, 1));
+        let both = [piece(b"sta"), piece(b"te")];
+        assert!(decoded(5, &both).is_ok() && decoded(0, &[]).is_ok());
+        for (bytes, frames) in [(4, &both[..]), (6, &both), (5, &both[..1]), (5, &[]), (0, &both)] {
+            let refused = matches!(decoded(bytes, frames), Err(FormatError::Malformed { .. }));
+            assert!(refused, "{} pieces for {bytes} bytes", frames.len());
+        }
+    }
+
+    #[test]
+    fn frames_that_are_empty_or_hold_more_pages_than_any_may_are_refused() {
+        let domain = Domain::plain();
+        let empty =
+            EncodedFrame { stored: Vec::new(), raw_bytes: 0, codec: Codec::Raw, hash: FrameHash::of(b"") };
+        for part in [StreamPart::State { blob: 0 }, StreamPart::Pages { image: 0, runs: vec![] }] {
+            assert!(matches!(decoded(0, &[(part, empty.clone())]), Err(FormatError::Malformed { .. })));
+        }
+        let pages = |runs: Vec<Range<u64>>| {
+            let raw = vec![7; runs.iter().map(|r| (r.end - r.start) as usize * PAGE_BYTES).sum()];
+            let frame = EncodedFrame::encode(&domain, &raw, 1);
+            decoded(0, &[(StreamPart::Pages { image: 0, runs }, frame)])
+        };
+        assert!(pages(vec![0..40, 50..74]).is_ok());
+        assert!(matches!(pages(vec![0..40, 50..75]), Err(FormatError::Malformed { .. })));
     }
 
     #[test]
