@@ -101,6 +101,7 @@ impl Store {
             return Err(self.no_such(name));
         }
         self.swap_reference(name, version.as_ref(), None)?;
+        self.cool(name);
         // Derived from what is gone now. Should this fail, garbage collection finds it.
         if let Err(why) = self.backend.delete(&self.keys.stream(&self.domain, name)) {
             tracing::info!(%name, %why, "the resume stream was left behind");

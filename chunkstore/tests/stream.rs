@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, atomic::Ordering};
 
 use common::{Machine, store_in};
 use dormouse_chunkstore::{
-    NoProgress, Resume, Store, StoreOptions, Tier, TouchedRun,
+    GcOptions, NoProgress, Resume, Store, StoreError, StoreOptions, Tier, TouchedRun,
     backend::{faulty::FaultyBackend, open_url},
 };
 use dormouse_core::{ImageKind, Name};
@@ -300,4 +300,55 @@ fn streams_on_disk_keep_their_bound_and_pinned_ones_stay() {
         let names: Vec<_> = hosts.files("near").iter().map(|f| f.file_name().unwrap().to_owned()).collect();
         assert_eq!(names, ["a", n, "~pin-a"]);
     }
+}
+
+/// What is kept of a guest's memory, and that it is to be kept whatever the bound, goes with the name.
+#[test]
+fn nothing_stays_on_disk_of_a_name_that_is_gone() {
+    let hosts = Hosts::new();
+    let machine = Machine::new(100, 10);
+    let store = hosts.on("host");
+    let warm = |store: &Store, n: &str| {
+        let mut request = machine.request(n, None);
+        request.expires_unix_ms = 1;
+        store.import(&request, &NoProgress).unwrap();
+        store.build_stream(&store.open_snapshot(&name(n)).unwrap(), &first_pages(50)).unwrap();
+        store.warm(&name(n)).unwrap().unwrap();
+        assert_eq!(hosts.files("host").len(), 2, "a stream and a pin");
+    };
+    warm(&store, "m");
+    store.remove(&name("m")).unwrap();
+    assert!(hosts.files("host").is_empty(), "removed: {:?}", hosts.files("host"));
+    warm(&store, "m");
+    assert_eq!(store.gc(GcOptions::default()).unwrap().expired, ["m"]);
+    assert!(hosts.files("host").is_empty(), "expired: {:?}", hosts.files("host"));
+    // Removed by another host.
+    warm(&store, "m");
+    hosts.on("another").remove(&name("m")).unwrap();
+    assert!(matches!(store.open_resume(&name("m")), Err(StoreError::NoSuchSnapshot { .. })));
+    assert!(hosts.files("host").is_empty(), "found gone: {:?}", hosts.files("host"));
+    warm(&store, "m");
+    hosts.on("another").remove(&name("m")).unwrap();
+    store.gc(GcOptions::default()).unwrap();
+    assert!(hosts.files("host").is_empty(), "collected: {:?}", hosts.files("host"));
+}
+
+#[test]
+fn a_stream_that_is_not_kept_is_not_said_to_be_warm_and_leaves_no_pin() {
+    let hosts = Hosts::new();
+    let machine = Machine::new(200, 10);
+    let far = hosts.on("far");
+    machine.import(&far, "m", None).unwrap();
+    let report = far.build_stream(&far.open_snapshot(&name("m")).unwrap(), &first_pages(150)).unwrap();
+    let near = hosts.with_room("near", 4 * report.stored_bytes - 4);
+    let why = near.warm(&name("m")).unwrap_err();
+    assert!(matches!(why, StoreError::Usage(_)) && why.to_string().contains("cache"), "{why}");
+    assert!(!near.is_pinned(&name("m")) && hosts.files("near").is_empty());
+    // Where the file would be there is something else.
+    let near = hosts.on("blocked");
+    std::fs::create_dir_all(near.cache_dir().unwrap().join("streams/m/x")).unwrap();
+    let why = near.warm(&name("m")).unwrap_err();
+    assert!(matches!(why, StoreError::File { .. }) && why.to_string().contains("streams/m"), "{why}");
+    assert!(!near.is_pinned(&name("m")));
+    assert_eq!(hosts.files("blocked").len(), 1);
 }

@@ -252,8 +252,10 @@ impl Store {
         report.deleted_objects += orphans.len() as u64;
         report.deleted_bytes += orphans.iter().map(|orphan| orphan.bytes).sum::<u64>();
         if dry_run {
-            orphans.clear();
+            return Ok(());
         }
+        // Names that another host removed are not forgotten here either: it is a guest's memory.
+        self.cool_others(&kept);
         self.side_by_side(orphans, |orphan| self.backend.delete(&orphan.key), |()| Ok(()))
     }
 
@@ -273,6 +275,7 @@ impl Store {
                     Err(StoreError::Conflict { .. }) => continue,
                     other => other?,
                 }
+                self.cool(&reference.name);
             }
             report.expired.push(reference.name.to_string());
         }

@@ -7,6 +7,7 @@
 //! stay. Files are written beside and renamed; nothing is synced, as nothing is lost.
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io,
     os::unix::fs::FileExt as _,
@@ -83,21 +84,28 @@ impl Store {
         Some(LocalStream { file, path, head })
     }
 
-    /// Keeps the whole object of the stream of `name`. Failing costs a request next time.
+    /// Keeps the whole object of the stream of `name`, if it is to be. Failing costs a request next time.
     pub(super) fn keep_stream(&self, name: &Name, object: &[u8]) {
-        let (Some(dir), Some(path)) = (self.local_streams(), self.local_stream_path(name)) else { return };
-        if object.len() as u64 > self.disk_bytes / SHARE {
-            return;
+        if object.len() as u64 <= self.disk_bytes / SHARE
+            && let Err(why) = self.write_stream(name, object)
+        {
+            tracing::info!(%why, "a resume stream is not kept on disk");
         }
+    }
+
+    fn write_stream(&self, name: &Name, object: &[u8]) -> Result<()> {
+        let (Some(dir), Some(path)) = (self.local_streams(), self.local_stream_path(name)) else {
+            return Ok(());
+        };
         let half = beside(&path, &format!("new{}", std::process::id()));
         let written = fs::create_dir_all(&dir)
             .and_then(|()| fs::write(&half, object))
             .and_then(|()| fs::rename(&half, &path));
-        if let Err(why) = written {
+        if written.is_err() {
             let _ = fs::remove_file(&half);
-            tracing::info!(%why, "a resume stream is not kept on disk");
         }
         self.bound_streams(&dir);
+        written.map_err(|why| StoreError::file("writing", &path, why))
     }
 
     fn bound_streams(&self, dir: &Path) {
@@ -138,7 +146,8 @@ impl Store {
     ///
     /// # Errors
     /// The store's; [`StoreError::Usage`] where nothing is kept on disk, because the store is a local one itself or has
-    /// no cache directory.
+    /// no cache directory, or where the stream is larger than all that may be kept; [`StoreError::File`] where it cannot be
+    /// written. It is not pinned then.
     pub fn warm(&self, name: &Name) -> Result<Option<u64>> {
         let snapshot = self.open_snapshot(name)?;
         let no_cache = || {
@@ -159,14 +168,38 @@ impl Store {
             let stored = object.get(range.start as usize..range.end as usize).unwrap_or_default();
             frame.at.decode_into(&self.domain, stored, &mut raw).map_err(damaged)?;
         }
-        let file = |why: io::Error| StoreError::Usage(format!("{}: {why}", path.display()));
+        let (bytes, most) = (object.len() as u64, self.disk_bytes / SHARE);
+        if bytes > most {
+            return Err(StoreError::Usage(format!(
+                "the stream of {name} has {bytes} bytes, and all streams kept on this host may take up {most}, a quarter of \
+                 its disk cache; build it from fewer pages, or give the host a larger cache (`disk_cache_bytes`)"
+            )));
+        }
+        let file = |why: io::Error| StoreError::file("writing", &path, why);
         // The pin first, so that the bound does not take the file at once.
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(file)?;
         }
-        fs::write(pin_of(&path), b"").map_err(file)?;
-        self.keep_stream(name, &object);
-        Ok(Some(object.len() as u64))
+        let pin = pin_of(&path);
+        let written = fs::write(&pin, b"").map_err(file).and_then(|()| self.write_stream(name, &object));
+        if let Err(why) = written {
+            let _ = fs::remove_file(pin);
+            return Err(why);
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Takes off this host's disk what is kept for names that are not among `kept`, in the form in which keys have them.
+    pub(crate) fn cool_others(&self, kept: &HashSet<String>) {
+        let Some(dir) = self.local_streams() else { return };
+        for file in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let name = file.file_name().to_string_lossy().into_owned();
+            let of = name.strip_prefix(PIN).unwrap_or(&name);
+            // What is half written begins with a tilde as well, and goes by the bound.
+            if !of.starts_with('~') && !kept.contains(of) {
+                let _ = fs::remove_file(file.path());
+            }
+        }
     }
 
     /// Takes the stream of `name` off this host's disk; whether it was there. The store keeps it.

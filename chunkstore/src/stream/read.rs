@@ -72,7 +72,11 @@ impl Store {
     /// A stream that this host has on disk is not asked for, as long as it is of the snapshot that the name stands for.
     pub fn open_resume(&self, name: &Name) -> Result<Resume> {
         if let Some(local) = self.local_stream(name) {
-            let reference = self.reference_soon(name)?.ok_or_else(|| self.no_such(name))?;
+            let Some(reference) = self.reference_soon(name)? else {
+                // Another host removed it.
+                self.cool(name);
+                return Err(self.no_such(name));
+            };
             if local.head.snapshot == reference.snapshot {
                 self.stream_used(&local);
                 return self.open_local(reference, local);
