@@ -96,7 +96,7 @@ impl Lost {
 
     /// Whether this slot is needed and still missing.
     pub(super) fn misses(&self, slot: usize) -> bool {
-        self.slots & (1 << slot) != 0 && self.pages[slot].is_none()
+        self.slots & (1 << slot) != 0 && self.pages.get(slot).is_some_and(Option::is_none)
     }
 
     /// Whether every page that is needed was found.
@@ -117,9 +117,11 @@ impl Lost {
             && pages.into_iter().all(|(page, id)| id.is_none_or(|id| domain.chunk_id(page) == id))
     }
 
-    /// Takes a page that is, or may be, the one in this slot.
+    /// Takes a page that is, or may be, the one in this slot. A page map that is not to be trusted may name one that the
+    /// frame does not have.
     pub(super) fn offer(&mut self, domain: &Domain, slot: usize, page: &[u8], source: Source) {
-        match self.ids[slot] {
+        let Some(known) = self.ids.get(slot) else { return };
+        match *known {
             Some(id) if self.pages[slot].is_none() && domain.chunk_id(page) == id => {
                 self.pages[slot] = Some(page.to_vec());
                 self.sources.insert(source);
@@ -285,6 +287,22 @@ mod tests {
         let (codec, hash) = (stored.codec, stored.hash);
         let at = FrameRef { pack: 0, offset: 32, stored_bytes, raw_bytes, codec, hash };
         Lost { slots: ((1u64 << pages) - 1) as u32, ..Lost::new(PackId([1; 32]), at, FrameKind::Pages) }
+    }
+
+    /// Two page maps may disagree about how many pages a frame has: one of them is damaged, or was made to harm.
+    #[test]
+    fn a_page_of_a_slot_that_the_frame_does_not_have_is_no_help() {
+        let domain = Domain::plain();
+        let page = vec![7; PAGE_BYTES];
+        let frame = EncodedFrame::encode(&domain, &page.repeat(2), 1);
+        let mut lost = lost(2, &frame);
+        lost.slots |= 1 << 9;
+        assert!(!lost.misses(9));
+        lost.offer(&domain, 9, &page, Source::ImageFile);
+        assert_eq!(lost.missing().count(), 0);
+        (0..2).for_each(|slot| lost.offer(&domain, slot, &page, Source::ImageFile));
+        lost.prove(&domain);
+        assert!(lost.is_found());
     }
 
     /// Blocks became smaller twice, and what was stored before stays what it is.

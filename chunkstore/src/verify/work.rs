@@ -230,6 +230,11 @@ impl<'a> Work<'a> {
                         let Some(i) = numbers.get(&(map.packs()[at.pack as usize].id, at.offset)) else {
                             continue;
                         };
+                        // Where page maps disagree about a frame, one is wrong, and its pages are not those of the frame.
+                        let lost = &self.lost[*i].at;
+                        if (lost.hash, lost.raw_bytes) != (at.hash, at.raw_bytes) {
+                            continue;
+                        }
                         let start = u64::from(index.0) * SECTION_PAGES + first as u64;
                         for n in 0..pages {
                             let slot = slot.get() + n as usize;
