@@ -3,9 +3,11 @@
 
 mod common;
 
+use std::os::fd::AsRawFd;
+
 use common::{Machine, assert_same, store_in, store_in_memory};
 use dormouse_chunkstore::{NoProgress, Store, VerifyDepth};
-use dormouse_core::{ImageKind, Name};
+use dormouse_core::{ImageId, ImageKind, Name};
 
 fn round_trip(store: &Store, machine: &Machine, name: &str) {
     let snapshot = store.open_snapshot(&Name::new(name).unwrap()).unwrap();
@@ -152,6 +154,33 @@ fn a_request_that_no_reader_could_read_back_is_refused() {
     refused(&|r| r.images[1].id = r.images[0].id.clone());
     refused(&|r| r.labels = vec![("k".into(), "1".into()), ("k".into(), "2".into())]);
     refused(&|r| r.blobs.push(r.blobs[0].clone()));
+}
+
+/// A sparse file may be of any size, and costs nothing to make.
+#[test]
+fn images_larger_than_the_format_holds_are_refused_before_anything_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(dir.path());
+    let machine = Machine::new(10, 2);
+    let refused = |count: usize, bytes: u64, why: &str| {
+        let file = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, bytes).unwrap();
+        let mut request = machine.request("n", None);
+        for i in 0..count {
+            let mut image = request.images[0].clone();
+            image.id = ImageId::new(format!("large{i}")).unwrap();
+            image.path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+            request.images.push(image);
+        }
+        let error = store.import(&request, &NoProgress).unwrap_err();
+        let named = error.to_string().contains(why);
+        assert!(matches!(error, dormouse_chunkstore::StoreError::Usage(_)) && named, "{error:?}");
+        let domain = dir.path().join("store/plain");
+        assert!(!domain.exists() || common::files_below(&domain).is_empty());
+    };
+    refused(1, (16 << 40) + 1, "16 TiB");
+    refused(1, 1 << 60, "16 TiB");
+    refused(4, 16 << 40, "64 TiB");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::{
 };
 
 use crossbeam::channel::Receiver;
-use dormouse_core::{ChunkId, Domain, PAGE_BYTES, PageCount, SECTION_PAGES, page::is_zero};
+use dormouse_core::{ChunkId, Domain, IMAGE_PAGES_MAX, PAGE_BYTES, PageCount, SECTION_PAGES, page::is_zero};
 use rustix::fs::SeekFrom;
 
 use super::{
@@ -47,6 +47,12 @@ impl ImageFile {
         // A block device has no length of its own in its metadata.
         let bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| error(e.into()))?;
         let pages = PageCount::covering(bytes).0;
+        if pages > IMAGE_PAGES_MAX {
+            return Err(StoreError::Usage(format!(
+                "{} has {bytes} bytes, and no image may have more than 16 TiB; make it smaller, or leave it out",
+                path.display()
+            )));
+        }
         let dirty = match &source.dirty {
             None => None,
             Some(Dirty::Ranges(ranges)) => Some(normalise(ranges, pages, path)?),

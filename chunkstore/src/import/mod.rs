@@ -16,7 +16,7 @@ mod stragglers;
 use std::{collections::BTreeMap, num::NonZero, thread};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use dormouse_core::PageCount;
+use dormouse_core::{PageCount, limits::SECTIONS_MAX};
 
 pub(crate) use self::layout::MAP_LEVEL;
 pub(crate) use self::pack_writer::{Failure, Packing, RawJob, compress_frames, fill_packs, upload_packs};
@@ -90,6 +90,12 @@ impl Store {
             self.learn_packs(index)?;
         }
         let images = request.images.iter().map(ImageFile::open).collect::<Result<Vec<_>>>()?;
+        let sections: usize = images.iter().map(|image| PageCount(image.pages()).sections() as usize).sum();
+        if sections > SECTIONS_MAX {
+            return Err(StoreError::Usage(
+                "the images have more than 64 TiB together, which is all a snapshot holds; leave some of them out".into(),
+            ));
+        }
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
         let done = self.lay_out(request, index, &images, bases, packing, progress).and_then(|layout| {
