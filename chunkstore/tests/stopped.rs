@@ -183,6 +183,29 @@ fn a_collector_that_lost_its_lease_finds_out_before_it_deletes_anything() {
     assert_eq!(asked.counts().take().deletes, 0);
 }
 
+#[test]
+fn a_collector_that_goes_on_is_reckoned_with_after_a_repacker_had_its_lease() {
+    let scene = Scene::new();
+    let (machine, other) = (Machine::new(60, 8), Machine::unlike(3, 20, 2));
+    other.import(&scene.store(), "other", None).unwrap();
+    machine.import(&scene.store(), "a", None).unwrap();
+    scene.store().remove(&name("a")).unwrap();
+    let gate = Gate::default();
+    let (_, slow) = scene.stopped_at(&gate, |op, key| op == "delete" && key.contains("/packs/"));
+    thread::scope(|scope| {
+        let slow = scope.spawn(|| gate.pass(|| slow.gc(AT_ONCE)));
+        gate.wait_until_somebody_is_stopped();
+        scene.age("gc/lease", HOUR);
+        // It takes the lease over from who is stopped, and gives it back; the next collector need not wait.
+        scene.store().repack(RepackOptions { level: 1, ..Default::default() }, &NoProgress).unwrap();
+        scene.store().gc(AT_ONCE).unwrap();
+        machine.import(&scene.store(), "b", None).unwrap();
+        gate.open();
+        let _ = slow.join().unwrap();
+    });
+    scene.check(&machine, "b");
+}
+
 /// A repacker stopped at `op` on `key`, while another host collects at once.
 fn repacker_is_stopped(op: &'static str, key: &'static str) {
     let scene = Scene::new();

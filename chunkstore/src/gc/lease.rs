@@ -19,6 +19,10 @@ use crate::{
 /// Nobody is asked to be faster than this, whatever is taken for dead.
 const SHORTEST_LEASE: Duration = Duration::from_secs(60);
 
+/// A lease that nobody has, and that was taken over from somebody who may go on after all. To versions that do not know it,
+/// it is somebody's who died.
+const UNSETTLED: &[u8] = b"nobody, after somebody who may be stopped 0";
+
 /// A moment at which something was found out that may be acted on for half a lease.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment {
@@ -56,7 +60,7 @@ pub(crate) struct Lease<'a> {
     /// The store's clock when the lease was taken.
     pub(super) now_unix_ms: u64,
     renewed: Moment,
-    /// Whether it was never given back by who had it before.
+    /// Whether it was never given back by who had it before, nor by anybody before that, since a collector settled it.
     inherited: bool,
 }
 
@@ -91,10 +95,18 @@ impl Held<'_> {
         self.0.as_ref().is_some_and(|lease| lease.inherited && lease.store.stopped_ms() > 0)
     }
 
-    /// Gives it back, so that the next one need not wait.
+    /// What protects from who had it before stands by itself from now on.
+    pub(super) fn settle(&mut self) {
+        self.0.iter_mut().for_each(|lease| lease.inherited = false);
+    }
+
+    /// Gives it back, so that the next one need not wait. Only a collector settles what it inherited: after anybody else,
+    /// or one that failed, the next one inherits it.
     pub(crate) fn release(self) -> Result<()> {
+        let unsettled = self.is_inherited();
         let Some(mut lease) = self.0 else { return Ok(()) };
-        lease.store.backend.swap(&lease.key, lease.version.take().as_ref(), Bytes::new()).map(drop)
+        let body = if unsettled { Bytes::from_static(UNSETTLED) } else { Bytes::new() };
+        lease.store.backend.swap(&lease.key, lease.version.take().as_ref(), body).map(drop)
     }
 }
 
@@ -124,7 +136,7 @@ impl Store {
         let key = self.keys.gc_lease();
         let (body, version) = self.backend.get_versioned(&key)?;
         let inherited = body.is_some();
-        if let Some(body) = body {
+        if let Some(body) = body.filter(|body| body != UNSETTLED) {
             let taken = self.modified(&key)?;
             // Whose clock says what: only the store's own times are compared, with a probe written now.
             let now = self.probe_clock()?;

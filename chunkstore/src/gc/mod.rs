@@ -232,6 +232,7 @@ impl Store {
             let delete = |key: &String| is_mine().and_then(|()| self.backend.delete(key));
             self.side_by_side(batch.iter().collect(), delete, |()| Ok(()))?;
         }
+        held.settle();
         Ok(())
     }
 
