@@ -43,6 +43,26 @@ pub const STREAM_FRAMES_MAX: usize = 1 << 18;
 /// Largest head, stored and raw.
 pub const HEAD_BYTES_MAX: usize = 64 << 20;
 const HEAD_LEVEL: i32 = 3;
+/// Most bytes that a head has beside root, names and frames, and by which sealing and not compressing lengthen it.
+const HEAD_ROOM_BYTES: usize = 512;
+
+/// What a stream may have at most.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamLimits {
+    /// Bytes of the object.
+    pub bytes: u64,
+    /// Frames.
+    pub frames: usize,
+    /// Bytes of the head, raw and stored.
+    pub head_bytes: usize,
+}
+
+impl Default for StreamLimits {
+    /// What a reader accepts.
+    fn default() -> Self {
+        StreamLimits { bytes: STREAM_BYTES_MAX, frames: STREAM_FRAMES_MAX, head_bytes: HEAD_BYTES_MAX }
+    }
+}
 
 /// What a frame of a stream holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -266,6 +286,19 @@ impl StreamBuilder {
     /// Whether there is no frame yet.
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// Whether the stream with this frame is surely within `limits`: what a head takes up is known only when it is closed.
+    pub fn fits(&self, part: &StreamPart, frame: &EncodedFrame, limits: &StreamLimits) -> bool {
+        let runs = match part {
+            StreamPart::State { .. } => 0,
+            StreamPart::Pages { runs, .. } => runs.len(),
+        };
+        let blobs = self.blobs.len() * (NAME_BYTES_MAX + 48);
+        let raw = self.root_object.len() + blobs + self.frames.len() + 48 + 16 * runs + HEAD_ROOM_BYTES;
+        let head = raw + raw / 128 + HEAD_ROOM_BYTES;
+        let bytes = PREFIX_BYTES + head + self.bytes.len() + frame.stored.len();
+        self.count < limits.frames && head <= limits.head_bytes && bytes as u64 <= limits.bytes
     }
 
     /// Appends a frame.

@@ -12,7 +12,7 @@ use dormouse_core::{
     frame::EncodedFrame,
     limits::BLOB_PIECE_BYTES,
     root,
-    stream::{STREAM_FRAME_PAGES_MAX, StreamBlob, StreamBuilder, StreamHead, StreamPart},
+    stream::{STREAM_FRAME_PAGES_MAX, StreamBlob, StreamBuilder, StreamHead, StreamLimits, StreamPart},
 };
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,8 @@ use crate::{
     store::Store,
 };
 
+/// Frames encoded before they are put into the stream: 256 MiB of pages.
+const FRAMES_AT_ONCE: usize = 1024;
 /// Frames read from a remote store at the same time.
 const REMOTE_READERS: usize = 8;
 /// First touches are ordered coarsely: between clones the set of pages is stable and their fine order is not, and
@@ -74,11 +76,21 @@ impl StreamInfo {
 
 impl Store {
     /// Makes the resume stream of a snapshot, in place of the one it has. `touched` is in the order of first touch;
-    /// pages outside an image are left out.
+    /// pages outside an image are left out, and so are the last ones of more than a stream can hold.
     ///
     /// # Errors
-    /// The store's; [`StoreError::Conflict`] if the name has moved on to another snapshot. The stream is then as it was.
+    /// The store's; [`StoreError::Conflict`] if the name has moved on to another snapshot; [`StoreError::Usage`] if its
+    /// device state alone is more than a stream can hold. The stream is then as it was.
     pub fn build_stream(&self, snapshot: &Snapshot, touched: &[TouchedRun]) -> Result<StreamReport> {
+        self.build_stream_within(snapshot, touched, &StreamLimits::default())
+    }
+
+    fn build_stream_within(
+        &self,
+        snapshot: &Snapshot,
+        touched: &[TouchedRun],
+        limits: &StreamLimits,
+    ) -> Result<StreamReport> {
         let reference = snapshot.reference();
         let root = snapshot.root();
         let key = self.keys.root(reference.root);
@@ -92,16 +104,32 @@ impl Store {
         for (i, blob) in root.blobs.iter().enumerate() {
             for piece in snapshot.read_blob(blob.id.as_str())?.chunks(BLOB_PIECE_BYTES) {
                 let frame = EncodedFrame::encode_for_speed(&self.domain, piece);
-                builder.push(&StreamPart::State { blob: i as u32 }, &frame);
+                let part = StreamPart::State { blob: i as u32 };
+                if !builder.fits(&part, &frame, limits) {
+                    return Err(StoreError::Usage(format!(
+                        "the device state of {} takes up more than the {} MiB that a resume stream may have; the snapshot \
+                         resumes without one, only slower",
+                        reference.name,
+                        limits.bytes >> 20
+                    )));
+                }
+                builder.push(&part, &frame);
             }
         }
         let images: Vec<Image> = snapshot.images().collect();
         let mut report = StreamReport { frames: root.blobs.len() as u64, ..Default::default() };
         let frames = frames_of(&coalesce(touched, &images));
-        for ((image, runs), frame) in frames.iter().zip(self.encoded(&frames, &images)?) {
-            report.pages += runs.iter().map(|r| r.end - r.start).sum::<u64>();
-            report.frames += 1;
-            builder.push(&StreamPart::Pages { image: *image, runs: runs.clone() }, &frame);
+        'full: for frames in frames.chunks(FRAMES_AT_ONCE) {
+            for ((image, runs), frame) in frames.iter().zip(self.encoded(frames, &images)?) {
+                let part = StreamPart::Pages { image: *image, runs: runs.clone() };
+                if !builder.fits(&part, &frame, limits) {
+                    tracing::info!(name = %reference.name, pages = report.pages, "a resume stream is full");
+                    break 'full;
+                }
+                report.pages += runs.iter().map(|r| r.end - r.start).sum::<u64>();
+                report.frames += 1;
+                builder.push(&part, &frame);
+            }
         }
         let object = builder.finish(&self.domain);
         report.raw_bytes = report.pages * PAGE_BYTES as u64;
@@ -255,7 +283,10 @@ fn read_pages(image: &Image, pages: Range<u64>, raw: &mut Vec<u8>) -> Result<()>
 #[cfg(test)]
 #[expect(clippy::single_range_in_vec_init, reason = "a frame of one run is what is meant")]
 mod tests {
+    use dormouse_core::{ImageId, ImageKind};
+
     use super::*;
+    use crate::{BlobBytes, BlobSource, ImageSource, ImportRequest, NoProgress, StoreOptions};
 
     #[test]
     fn runs_are_cut_at_frames_and_at_images() {
@@ -266,5 +297,50 @@ mod tests {
         ];
         let frames = frames_of(&runs);
         assert_eq!(frames, [(0, vec![0..64]), (0, vec![64..100, 200..210]), (1, vec![5..6])]);
+    }
+
+    #[test]
+    fn a_stream_is_filled_up_to_what_readers_accept_and_no_further() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open("memory://", StoreOptions::default()).unwrap();
+        let mut noise = blake3::Hasher::new().finalize_xof();
+        let mut random = |bytes: usize| {
+            let mut filled = vec![0; bytes];
+            noise.fill(&mut filled);
+            filled
+        };
+        let (path, id) = (dir.path().join("memory"), |id| ImageId::new(id).unwrap());
+        std::fs::write(&path, random(300 * PAGE_BYTES)).unwrap();
+        let name = Name::new("m").unwrap();
+        let mut request = ImportRequest::new(name.clone());
+        request.images = vec![ImageSource { id: id("memory"), kind: ImageKind::Memory, path, dirty: None }];
+        request.blobs = vec![BlobSource { id: id("vmstate"), bytes: BlobBytes::Memory(random(5000)) }];
+        store.import(&request, &NoProgress).unwrap();
+        let snapshot = store.open_snapshot(&name).unwrap();
+        let touched = [TouchedRun { image: 0, pages: 0..300 }];
+        let all = store.build_stream(&snapshot, &touched).unwrap();
+        assert_eq!((all.pages, all.frames), (300, 6), "five of pages, one of state");
+        let readers = StreamLimits::default();
+        let built = |limits: StreamLimits| store.build_stream_within(&snapshot, &touched, &limits);
+        for limits in [
+            StreamLimits { bytes: all.stored_bytes * 2 / 3, ..readers },
+            StreamLimits { frames: 4, ..readers },
+        ] {
+            let report = built(limits).unwrap();
+            assert_eq!((report.pages, report.frames), (192, 4), "{limits:?}");
+            assert!(report.stored_bytes <= limits.bytes);
+            let resume = store.open_resume(&name).unwrap();
+            assert_eq!(resume.stream.unwrap().head().pages(), 192, "the first ones");
+        }
+        // Not even its state: the one there was stays.
+        for limits in [
+            StreamLimits { bytes: 5000, ..readers },
+            StreamLimits { frames: 0, ..readers },
+            StreamLimits { head_bytes: 500, ..readers },
+        ] {
+            assert!(matches!(built(limits), Err(StoreError::Usage(_))), "{limits:?}");
+            let resume = store.open_resume(&name).unwrap();
+            assert_eq!(resume.stream.unwrap().head().pages(), 192);
+        }
     }
 }
