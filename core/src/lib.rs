@@ -21,6 +21,7 @@ pub mod reference;
 pub mod root;
 pub mod section;
 pub mod stream;
+mod stream_builder;
 pub mod wire;
 
 pub use content::{SectionContent, blob_content};
