@@ -112,3 +112,19 @@ fn what_follows_a_stream_is_not_read_and_a_mark_or_announcement_of_a_terabyte_is
     scene.store.gc(AT_ONCE).unwrap();
     scene.machine.remember().check(&scene.store, "a").unwrap();
 }
+
+/// As a cloud's store would be read: the body is not, beyond what any name may have.
+#[test]
+fn a_name_that_is_too_large_in_an_object_store_is_damaged_and_can_be_removed() {
+    let backend = common::memory_backend();
+    let store = common::fresh(&backend, None);
+    Machine::new(20, 2).import(&store, "a", None).unwrap();
+    let mut object = backend.get("plain/refs/a", None).unwrap().unwrap().to_vec();
+    object.resize(8 << 20, 0);
+    backend.put_again("plain/refs/a", object.into()).unwrap();
+    let (read, version) = backend.get_versioned("plain/refs/a").unwrap();
+    assert!(read.unwrap().len() < 100_000 && version.is_some());
+    assert!(names(store.open_snapshot(&a()).unwrap_err(), "refs"));
+    store.remove(&a()).unwrap();
+    assert!(matches!(store.open_snapshot(&a()), Err(StoreError::NoSuchSnapshot { .. })));
+}

@@ -309,7 +309,7 @@ mod tests {
     #[test]
     fn pages_of_a_frame_that_an_older_version_compressed_are_proven() {
         let domain = Domain::plain();
-        let bytes = (0..32 * PAGE_BYTES as u64).map(|i| (i * i >> 9) as u8 & 63);
+        let bytes = (0..32 * PAGE_BYTES as u64).map(|i| ((i * i) >> 9) as u8 & 63);
         let raw: Vec<u8> = bytes.collect();
         for (level, block) in [(DEFAULT_LEVEL, 32 << 10), (DENSE_LEVEL, 64 << 10), (3, 128 << 10)] {
             let frame = EncodedFrame::encode_in_blocks(&domain, &raw, level, block);
