@@ -18,7 +18,6 @@ use dormouse_vmm_glue::{
         ApiClient, Jail, VmmProcess,
         api::SnapshotKind,
         capture::{self, Capture},
-        memfile,
         tracking::{Base, Tracking},
         under_way::{self, StandbyNote, StandbyUnderWay},
         vcpus::VcpuMarks,
@@ -32,8 +31,9 @@ pub(crate) use super::standby_document::Document;
 use super::{
     cloud_hypervisor,
     import::{MEMORY, distinct},
+    standby_choice::{Choice, choose},
     standby_document::print_text,
-    unfinished,
+    unfinished::{self, Earlier},
 };
 use crate::{
     cli::values::Part,
@@ -102,15 +102,6 @@ pub(crate) struct StandbyArgs {
     pub(crate) traces: TraceArgs,
 }
 
-/// What is captured, and over which parent it is stored.
-pub(super) struct Choice {
-    /// Whether the guest runs now.
-    is_running: bool,
-    pub(super) kind: SnapshotKind,
-    pub(super) parent: Option<Name>,
-    pub(super) full_because: Option<&'static str>,
-}
-
 pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
     let args = match command {
         StandbyCommand::Firecracker(args) => args,
@@ -148,20 +139,34 @@ pub(crate) fn perform(
     let api = ApiClient::new(&args.api_socket, API_PATIENCE);
     let process = process_at(&args.api_socket)?;
     let tracking = tracking()?;
+    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
     let store = open_store()?;
-    if let Some(document) = unfinished::finish(args, &process, &tracking, &store)? {
-        return Ok(document);
+    let mut note = StandbyNote::new(&args.name, &args.api_socket, false);
+    (note.by, note.request) = (asked.by, asked.request);
+    let (mut under_way, earlier) = tracking.begin_standby(&process, &note).map_err(|e| cannot_note(&e))?;
+    let after_another = earlier.is_some();
+    if let Some(earlier) = earlier {
+        under_way = match unfinished::finish(args, under_way, earlier, &process, &tracking, &store)? {
+            Earlier::Finished(document) => return Ok(document),
+            Earlier::Replaced(under_way) => under_way,
+        };
     }
-    let choice = choose(args, &api, &process, &tracking, &store)?;
+    // What can be refused is refused before the guest is touched.
+    let choice = match choose(args, &api, &process, &tracking, &store) {
+        Ok(choice) => choice,
+        Err(failure) => {
+            // What was left behind before still is.
+            (!after_another).then(|| under_way.done());
+            return Err(failure);
+        }
+    };
+    note.was_running = choice.is_running;
+    under_way.note(&note).map_err(|e| cannot_note(&e))?;
     let check_us = micros(begun.elapsed());
     traced.over("check");
 
     // Before the capture, for which Firecracker touches pages of its own accord.
     let session = tracking.session_of(&process);
-    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
-    let mut note = StandbyNote::new(&args.name, &args.api_socket, choice.is_running);
-    (note.by, note.request) = (asked.by, asked.request);
-    let mut under_way = tracking.begin_standby(&process, &note).map_err(|e| cannot_note(&e))?;
     let captured = capture_it(args, &api, &process, &tracking, choice.kind, jail.as_ref());
     let Captured { capture: captured, state } = match captured {
         Ok(captured) => captured,
@@ -288,50 +293,6 @@ pub(crate) fn process_at(socket: &std::path::Path) -> Result<VmmProcess, Failure
 pub(crate) fn tracking() -> Result<Tracking, Failure> {
     let directory = context::runtime_dir();
     Tracking::open(&directory).map_err(|e| Failure::file("using", &directory, &e))
-}
-
-fn choose(
-    args: &StandbyArgs,
-    api: &ApiClient,
-    process: &VmmProcess,
-    tracking: &Tracking,
-    store: &Store,
-) -> Result<Choice, Failure> {
-    // What can be refused is refused before the guest is touched.
-    let is_running = capture::is_running(api).map_err(|e| vmm_failure(&e))?;
-    let base = tracking.base_of(process);
-    let stands_for_base = |name: &Name| {
-        let snapshot = store.open_snapshot(name).ok().map(|s| s.reference().snapshot.to_string());
-        snapshot.is_some() && snapshot == base.as_ref().map(|b| b.snapshot.clone())
-    };
-    let parent = match &args.parent {
-        Some(parent) => {
-            store.open_snapshot(parent)?;
-            Some(parent.clone())
-        }
-        None => base.as_ref().and_then(|b| Name::new(&b.name).ok()).filter(|name| stands_for_base(name)),
-    };
-    if !args.replace && parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
-        return Err(Failure::usage(format!(
-            "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
-            args.name
-        )));
-    }
-    let full_because = if args.full {
-        Some("--full asks for it")
-    } else if parent.is_none() {
-        Some("there is no parent")
-    } else if !parent.as_ref().is_some_and(stands_for_base) {
-        Some("this host does not know the VM to have come from the parent")
-    } else if !capture::tracks_dirty_pages(api).map_err(|e| vmm_failure(&e))? {
-        Some("Firecracker does not track dirty pages")
-    } else if !memfile::holes_are_exact() {
-        Some("transparent huge pages blur what changed in files in memory")
-    } else {
-        None
-    };
-    let kind = if full_because.is_some() { SnapshotKind::Full } else { SnapshotKind::Diff };
-    Ok(Choice { is_running, kind, parent, full_because })
 }
 
 fn request(

@@ -10,7 +10,10 @@ use dormouse_core::Name;
 use dormouse_vmm_glue::firecracker::{VmmProcess, api::SnapshotKind, capture::Capture};
 use serde::{Deserialize, Serialize};
 
-use super::standby::{Choice, StandbyArgs, micros};
+use super::{
+    standby::{StandbyArgs, micros},
+    standby_choice::Choice,
+};
 use crate::{human, traces};
 
 /// What `standby` says of itself.

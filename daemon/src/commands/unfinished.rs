@@ -79,20 +79,30 @@ impl Unfinished {
     }
 }
 
+/// What became of a standby that was left behind.
+pub(crate) enum Earlier {
+    /// It was the same, and this is its answer.
+    Finished(Document),
+    /// The guest is captured as it is now, by a standby that takes its place and is to be noted in place of it.
+    Replaced(StandbyUnderWay),
+}
+
 /// Does what is left of an earlier standby of `process`, if that is what `args` ask for.
 pub(crate) fn finish(
     args: &StandbyArgs,
+    under_way: StandbyUnderWay,
+    earlier: StandbyNote,
     process: &VmmProcess,
     tracking: &Tracking,
     store: &Store,
-) -> Result<Option<Document>, Failure> {
-    match Unfinished::of(process, tracking, store)? {
-        Some(unfinished) if unfinished.note.name == args.name.as_str() && !args.keep_running => {
-            let Some(mut document) = unfinished.answer() else { return Ok(None) };
-            document.stream = unfinished.end(process, tracking, store)?;
-            Ok(Some(document))
-        }
-        // The guest is captured as it is now, by a standby that takes this one's place.
-        _ => Ok(None),
+) -> Result<Earlier, Failure> {
+    let unfinished = Unfinished::judge(under_way, earlier, process, store)?;
+    if unfinished.note.name == args.name.as_str()
+        && !args.keep_running
+        && let Some(mut document) = unfinished.answer()
+    {
+        document.stream = unfinished.end(process, tracking, store)?;
+        return Ok(Earlier::Finished(document));
     }
+    Ok(Earlier::Replaced(unfinished.under_way))
 }

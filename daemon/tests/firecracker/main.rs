@@ -23,4 +23,5 @@ mod slow_s3;
 mod slow_store;
 mod survival;
 mod traces;
+mod two_standbys;
 mod working_set;
