@@ -144,35 +144,54 @@ pub(crate) fn perform(
     let mut note = StandbyNote::new(&args.name, &args.api_socket, false);
     (note.by, note.request) = (asked.by, asked.request);
     let (mut under_way, earlier) = tracking.begin_standby(&process, &note).map_err(|e| cannot_note(&e))?;
-    let after_another = earlier.is_some();
+    let (after_another, mut left_paused) = (earlier.is_some(), false);
     if let Some(earlier) = earlier {
-        under_way = match unfinished::finish(args, under_way, earlier, &process, &tracking, &store)? {
-            Earlier::Finished(document) => return Ok(document),
-            Earlier::Replaced(under_way) => under_way,
-        };
+        (under_way, left_paused) =
+            match unfinished::finish(args, under_way, earlier, &process, &tracking, &store)? {
+                Earlier::Finished(document) => return Ok(document),
+                Earlier::Replaced { under_way, left_paused } => (under_way, left_paused),
+            };
     }
     // What can be refused is refused before the guest is touched.
     let choice = match choose(args, &api, &process, &tracking, &store) {
         Ok(choice) => choice,
+        Err(failure) if left_paused => return Err(let_go(&api, under_way, failure)),
         Err(failure) => {
             // What was left behind before still is.
             (!after_another).then(|| under_way.done());
             return Err(failure);
         }
     };
-    note.was_running = choice.is_running;
+    note.was_running = choice.is_running || left_paused;
     under_way.note(&note).map_err(|e| cannot_note(&e))?;
     let check_us = micros(begun.elapsed());
     traced.over("check");
 
     // Before the capture, for which Firecracker touches pages of its own accord.
     let session = tracking.session_of(&process);
-    let captured = capture_it(args, &api, &process, &tracking, choice.kind, jail.as_ref());
-    let Captured { capture: captured, state } = match captured {
+    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
+    if let Err(error) = tracking.forget(&process) {
+        let failure = Failure::new("tracking", error.to_string());
+        if left_paused {
+            return Err(let_go(&api, under_way, failure));
+        }
+        under_way.done();
+        return Err(failure);
+    }
+    let captured = capture::capture(&api, choice.kind, note.was_running, args.keep_running, jail.as_ref());
+    let captured = match captured {
         Ok(captured) => captured,
-        Err(failure) => {
-            under_way.done();
-            return Err(failure);
+        Err(error) => {
+            // One that stands still is for whoever comes next to let go on.
+            (!error.stands_still()).then(|| under_way.done());
+            return Err(vmm_failure(&error));
+        }
+    };
+    let state = match captured.state.read() {
+        Ok(state) => state,
+        Err(error) => {
+            let failure = Failure::new("memory", error.to_string());
+            return Err(give_back(args, &api, &captured, under_way, failure));
         }
     };
     let resumable_us = micros(begun.elapsed());
@@ -189,11 +208,7 @@ pub(crate) fn perform(
     };
     let report = match report {
         Ok(report) => report,
-        Err(failure) => {
-            let failure = give_back(args, &api, &captured, failure);
-            under_way.done();
-            return Err(failure);
-        }
+        Err(failure) => return Err(give_back(args, &api, &captured, under_way, failure)),
     };
     document.import_is(report, micros(importing.elapsed()), micros(begun.elapsed()));
     traced.over("import");
@@ -223,30 +238,6 @@ pub(crate) fn perform(
     traced.over("stream");
     document.tell();
     Ok(document)
-}
-
-/// A guest in this host's memory.
-struct Captured {
-    capture: Capture,
-    /// Its device state.
-    state: Vec<u8>,
-}
-
-fn capture_it(
-    args: &StandbyArgs,
-    api: &ApiClient,
-    process: &VmmProcess,
-    tracking: &Tracking,
-    kind: SnapshotKind,
-    jail: Option<&Jail>,
-) -> Result<Captured, Failure> {
-    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
-    tracking.forget(process).map_err(|e| Failure::new("tracking", e.to_string()))?;
-    let capture = capture::capture(api, kind, args.keep_running, jail).map_err(|e| vmm_failure(&e))?;
-    match capture.state.read() {
-        Ok(state) => Ok(Captured { capture, state }),
-        Err(error) => Err(give_back(args, api, &capture, Failure::new("memory", error.to_string()))),
-    }
 }
 
 fn cannot_note(error: &io::Error) -> Failure {
@@ -339,16 +330,32 @@ pub(super) fn predicted_stream(
 }
 
 /// The store did not take the snapshot: the VM goes on as if nothing had happened.
-fn give_back(args: &StandbyArgs, api: &ApiClient, captured: &Capture, failure: Failure) -> Failure {
-    let state = if args.keep_running || !captured.was_running {
-        "the VM is as it was".to_owned()
-    } else {
-        match api.resume() {
-            Ok(()) => "the VM runs on".to_owned(),
-            Err(error) => format!("the VM is still there, paused, and could not be resumed ({error})"),
+fn give_back(
+    args: &StandbyArgs,
+    api: &ApiClient,
+    captured: &Capture,
+    under_way: StandbyUnderWay,
+    failure: Failure,
+) -> Failure {
+    let failure = Failure { message: format!("{}; nothing was stored", failure.message), ..failure };
+    if args.keep_running || !captured.was_running {
+        under_way.done();
+        return Failure { message: format!("{} and the VM is as it was", failure.message), ..failure };
+    }
+    let_go(api, under_way, failure)
+}
+
+/// A VM that ran and is paused, of which nothing was stored, goes on. If it cannot be told to, it is left behind for
+/// whoever comes next.
+fn let_go(api: &ApiClient, under_way: StandbyUnderWay, failure: Failure) -> Failure {
+    let state = match api.resume() {
+        Ok(()) => {
+            under_way.done();
+            "the VM runs on".to_owned()
         }
+        Err(error) => format!("the VM is still there, paused, and could not be resumed ({error}); ask again"),
     };
-    Failure { message: format!("{}; nothing was stored and {state}", failure.message), ..failure }
+    Failure { message: format!("{} and {state}", failure.message), ..failure }
 }
 
 pub(crate) fn end(process: &VmmProcess) -> Result<(), Failure> {

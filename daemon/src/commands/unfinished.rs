@@ -84,7 +84,11 @@ pub(crate) enum Earlier {
     /// It was the same, and this is its answer.
     Finished(Document),
     /// The guest is captured as it is now, by a standby that takes its place and is to be noted in place of it.
-    Replaced(StandbyUnderWay),
+    Replaced {
+        under_way: StandbyUnderWay,
+        /// It paused a guest that ran, and nothing of that was stored.
+        left_paused: bool,
+    },
 }
 
 /// Does what is left of an earlier standby of `process`, if that is what `args` ask for.
@@ -104,5 +108,6 @@ pub(crate) fn finish(
         document.stream = unfinished.end(process, tracking, store)?;
         return Ok(Earlier::Finished(document));
     }
-    Ok(Earlier::Replaced(unfinished.under_way))
+    let left_paused = unfinished.left == Left::Undone && unfinished.note.was_running;
+    Ok(Earlier::Replaced { under_way: unfinished.under_way, left_paused })
 }

@@ -5,6 +5,7 @@
 
 mod balloon;
 mod collector;
+mod cut_off;
 mod failures;
 mod generations;
 mod held_store;

@@ -1,0 +1,60 @@
+//! Standbys that are cut off before anything is durable: their guests run on, whoever comes next and whatever becomes of
+//! that.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::held_store::{HeldStore, Hold};
+use crate::scene::{Machine, PATIENCE, Running, Scene, document, scene};
+use crate::two_standbys::standby;
+
+/// A guest that a standby as `later` left paused, as that was killed; nothing is durable.
+fn left_paused(scene: &Scene, machine: &Machine, store: &HeldStore) {
+    store.hold(Hold::BeforeItIsDone);
+    let first = Running::start(standby(scene, store, "later", &[]));
+    store.wait_held();
+    first.kill();
+    assert_eq!(machine.process.api(PATIENCE).get("/").unwrap()["state"], "Paused");
+}
+
+/// It was forgotten that the guest had run, so it was left paused by a standby that said it runs on.
+#[test]
+fn a_guest_that_a_killed_standby_left_paused_runs_on_when_the_next_fails_or_keeps_it_running() {
+    let Some(scene) = scene() else { return };
+    let machine = scene.boot(true);
+    machine.console.wait_for(".", 1);
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    let runs_on = || {
+        let passes = machine.console.times(".");
+        machine.console.wait_for(".", passes + 1);
+    };
+
+    left_paused(&scene, &machine, &store);
+    // Where packs should be written there is a file.
+    let (packs, aside) = (scene.path("store/plain/packs"), scene.path("store/plain/aside"));
+    fs::rename(&packs, &aside).unwrap();
+    fs::write(&packs, "in the way").unwrap();
+    let socket = scene.text("boot.sock");
+    let local = ["standby", "firecracker", "--no-daemon", "--api-socket", &socket, "later"];
+    let output = scene.dormouse("home", &local).output().unwrap();
+    let answer = serde_json::from_slice::<Value>(&output.stdout).unwrap();
+    let message = answer["error"]["message"].as_str().unwrap_or_else(|| panic!("{answer}"));
+    assert!(message.contains("nothing was stored and the VM runs on"), "{message}");
+    runs_on();
+    fs::remove_file(&packs).unwrap();
+    fs::rename(&aside, &packs).unwrap();
+
+    left_paused(&scene, &machine, &store);
+    let kept = document(&standby(&scene, &store, "later", &["--keep-running"]).output().unwrap());
+    assert_eq!(kept["ended"], false, "{kept}");
+    runs_on();
+
+    // What is refused leaves it no worse.
+    left_paused(&scene, &machine, &store);
+    let refused = standby(&scene, &store, "later", &["--parent", "nobody"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("no_such_snapshot"), "{refused:?}");
+    runs_on();
+    machine.console.assert_no_wrong_page();
+}
