@@ -23,20 +23,10 @@ pub(crate) struct Unfinished {
 }
 
 impl Unfinished {
-    /// What was left behind of `process`, if anything was.
+    /// What is left to do of the standby of `process` with this note.
     ///
     /// # Errors
     /// The store cannot be asked, so nobody can tell: the guest is left as it is.
-    pub(crate) fn of(
-        process: &VmmProcess,
-        tracking: &Tracking,
-        store: &Store,
-    ) -> Result<Option<Self>, Failure> {
-        let left_behind = tracking.standby_left(process);
-        left_behind.map(|(under_way, note)| Self::judge(under_way, note, process, store)).transpose()
-    }
-
-    /// The same of a note at hand.
     pub(crate) fn judge(
         under_way: StandbyUnderWay,
         note: StandbyNote,

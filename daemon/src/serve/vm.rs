@@ -56,6 +56,8 @@ pub(super) struct Inner {
     /// The request it was made by.
     pub(super) request: Value,
     operation: Option<Operation>,
+    /// A standby that was cut off is being finished.
+    finishing: bool,
 }
 
 type Outcome = Option<Result<Value, Failure>>;
@@ -91,6 +93,7 @@ impl Vm {
                 failure: None,
                 request,
                 operation: None,
+                finishing: false,
             }),
         })
     }
@@ -125,12 +128,15 @@ impl Vm {
 
     /// Whether something is under way with it.
     pub(super) fn is_busy(&self) -> bool {
-        self.lock().operation.is_some()
+        let inner = self.lock();
+        inner.operation.is_some() || inner.finishing
     }
 
     /// Whether that is under way with it.
     pub(super) fn is_busy_with(&self, kind: &str) -> bool {
-        self.lock().operation.as_ref().is_some_and(|under_way| under_way.kind == kind)
+        let inner = self.lock();
+        inner.operation.as_ref().is_some_and(|under_way| under_way.kind == kind)
+            || (inner.finishing && kind == "standby")
     }
 
     /// Waits until it is over, for `patience` at most.
@@ -252,6 +258,22 @@ struct Over(Arc<Vm>);
 impl Drop for Over {
     fn drop(&mut self) {
         self.0.lock().operation = None;
+    }
+}
+
+/// A standby of a VM that was cut off is being finished, until this is dropped.
+pub(super) struct Finishing(Arc<Vm>);
+
+impl Finishing {
+    pub(super) fn begin(vm: &Arc<Vm>) -> Self {
+        vm.lock().finishing = true;
+        Finishing(vm.clone())
+    }
+}
+
+impl Drop for Finishing {
+    fn drop(&mut self) {
+        self.0.lock().finishing = false;
     }
 }
 

@@ -7,7 +7,10 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::held_store::{HeldStore, Hold};
-use crate::scene::{Machine, PATIENCE, Running, Scene, document, scene};
+use crate::interrupted::{kill_in_standby, start};
+use crate::scene::{Machine, PATIENCE, Running, Scene, document, scene, wait_until};
+use crate::serve_uffd::parked;
+use crate::served::{Mortal, kill};
 use crate::two_standbys::standby;
 
 /// A guest that a standby as `later` left paused, as that was killed; nothing is durable.
@@ -57,4 +60,24 @@ fn a_guest_that_a_killed_standby_left_paused_runs_on_when_the_next_fails_or_keep
     assert!(String::from_utf8_lossy(&refused.stdout).contains("no_such_snapshot"), "{refused:?}");
     runs_on();
     machine.console.assert_no_wrong_page();
+}
+
+/// It was tried once, for ten seconds, before the daemon was ready.
+#[test]
+fn a_guest_whose_firecracker_is_slow_to_answer_the_next_daemon_runs_on_in_the_end() {
+    let Some(scene) = scene() else { return };
+    parked(&scene);
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    let (vm, console) = kill_in_standby(&scene, &store, Hold::BeforeItIsDone);
+    let end = Mortal::of(&vm);
+    kill("-STOP", end.0);
+    let daemon = start(&scene, &store);
+    let tried = || daemon.logged().iter().any(|line| line.to_string().contains("may stand still"));
+    assert!(!tried(), "it was ready only after it had been waited for");
+    wait_until("a try in vain", tried);
+    let passes = console.times(".");
+    kill("-CONT", end.0);
+    console.wait_for(".", passes + 2);
+    assert_eq!(daemon.get("/v1/vms/one")["state"], "running");
+    console.assert_no_wrong_page();
 }

@@ -158,6 +158,11 @@ impl Tracking {
         take(self.standby_path(process)?)
     }
 
+    /// Whether a standby of `process` is noted, under way or left behind.
+    pub fn standby_is_noted(&self, process: &VmmProcess) -> bool {
+        self.standby_path(process).is_some_and(|path| path.exists())
+    }
+
     /// All that were left behind on this host, except those that cannot be read.
     pub fn all_standbys_left(&self) -> Vec<(StandbyUnderWay, StandbyNote)> {
         let files = fs::read_dir(self.directory()).into_iter().flatten().flatten().map(|f| f.path());
