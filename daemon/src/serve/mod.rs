@@ -9,7 +9,7 @@
 //! | `wake`, `operations`, `listener` | what can be done |
 //! | `kept`, `interrupted`, `scratch` | VMs of an earlier daemon, and what it left behind |
 //! | `metrics`, `totals`, `counted` | what is counted |
-//! | `stop`, `notify` | the end, and what systemd is told |
+//! | `stop`, `gate`, `notify` | the end, what may be begun until then, and what systemd is told |
 //!
 //! The runtime's threads carry requests and nothing else: whatever waits for a store, a disk or a VMM does so on a
 //! blocking thread, and pages are served by the plain threads of each VM's restore.
@@ -19,6 +19,7 @@ pub(crate) mod api;
 mod body;
 pub(crate) mod codes;
 mod counted;
+mod gate;
 mod interrupted;
 mod kept;
 mod listener;

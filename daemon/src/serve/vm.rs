@@ -13,6 +13,7 @@ use tracing::Span;
 
 use super::{
     api::{Origin, StandbyRequest, State, VmDocument},
+    gate::{Gate, Pass},
     process::Process,
     scratch::Scratch,
 };
@@ -31,6 +32,8 @@ pub(super) struct Vm {
     span: Mutex<Span>,
     since_unix_ms: u64,
     state: watch::Sender<State>,
+    /// What is begun with it passes this.
+    gate: Arc<Gate>,
     inner: Mutex<Inner>,
 }
 
@@ -71,13 +74,14 @@ struct Operation {
 }
 
 impl Vm {
-    pub(super) fn new(id: &str, name: &str, origin: Origin, request: Value) -> Arc<Self> {
+    pub(super) fn new(id: &str, name: &str, origin: Origin, request: Value, gate: Arc<Gate>) -> Arc<Self> {
         Arc::new(Vm {
             id: id.into(),
             name: name.into(),
             span: Mutex::new(span_of(id, name)),
             since_unix_ms: now_unix_ms(),
             state: watch::channel(State::Starting).0,
+            gate,
             inner: Mutex::new(Inner {
                 origin,
                 snapshot: None,
@@ -222,16 +226,17 @@ impl Vm {
             }
             None => {}
         }
+        let pass = self.gate.enter()?;
         let (sender, outcome) = watch::channel(None);
         inner.operation = Some(Operation { kind, request, outcome: outcome.clone() });
         drop(inner);
-        let over = Over(self.clone());
+        let over = Over { vm: self.clone(), _pass: pass };
         let span = tracing::info_span!(parent: &self.span(), "operation", kind);
         traces::name_it(&span, kind);
         traces::tell(&span, "dormouse.vm.id", self.id.clone());
         tokio::task::spawn_blocking(move || {
             let inside = span.entered();
-            let result = work(&over.0);
+            let result = work(&over.vm);
             traces::outcome(&inside, &result);
             if let Err(failure) = &result {
                 tracing::warn!(code = failure.kind, %failure, "failed");
@@ -253,11 +258,14 @@ fn span_of(id: &str, name: &str) -> Span {
 }
 
 /// Ends the operation of a VM when dropped, by a panic too.
-struct Over(Arc<Vm>);
+struct Over {
+    vm: Arc<Vm>,
+    _pass: Pass,
+}
 
 impl Drop for Over {
     fn drop(&mut self) {
-        self.0.lock().operation = None;
+        self.vm.lock().operation = None;
     }
 }
 
@@ -295,7 +303,7 @@ mod tests {
     use super::*;
 
     fn vm() -> Arc<Vm> {
-        Vm::new("one", "snapshot", Origin::Found, Value::Null)
+        Vm::new("one", "snapshot", Origin::Found, Value::Null, Arc::default())
     }
 
     #[tokio::test]

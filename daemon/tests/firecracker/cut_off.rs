@@ -2,15 +2,16 @@
 //! that.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::held_store::{HeldStore, Hold};
-use crate::interrupted::{kill_in_standby, start};
+use crate::interrupted::{kill_in_standby, start, state};
 use crate::scene::{Machine, PATIENCE, Running, Scene, document, scene, wait_until};
 use crate::serve_uffd::parked;
-use crate::served::{Mortal, kill};
+use crate::served::{Mortal, Served, kill, served};
 use crate::two_standbys::standby;
 
 /// A guest that a standby as `later` left paused, as that was killed; nothing is durable.
@@ -79,5 +80,37 @@ fn a_guest_whose_firecracker_is_slow_to_answer_the_next_daemon_runs_on_in_the_en
     kill("-CONT", end.0);
     console.wait_for(".", passes + 2);
     assert_eq!(daemon.get("/v1/vms/one")["state"], "running");
+    console.assert_no_wrong_page();
+}
+
+/// Its guest was left paused by a process that had ended well.
+#[test]
+fn a_standby_whose_request_comes_to_its_end_while_the_daemon_stops_is_not_begun() {
+    let Some(scene) = scene() else { return };
+    let mut daemon: Served = served(&scene, &[]);
+    let (vm, console) = daemon.wake(&scene, "one", json!({}));
+    let _end = Mortal::of(&vm);
+    console.wait_for(".", 1);
+    let body = json!({"name": "later"}).to_string();
+    let mut client = daemon.connect();
+    let head = format!(
+        "POST /v1/vms/one/standby HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n",
+        body.len()
+    );
+    client.write_all(head.as_bytes()).unwrap();
+    // Its body is waited for.
+    let mut told = [0; b"HTTP/1.1 100 Continue\r\n\r\n".len()];
+    client.read_exact(&mut told).unwrap();
+    let (first, rest) = body.split_at(body.len() / 2);
+    client.write_all(first.as_bytes()).unwrap();
+    daemon.terminate();
+    wait_until("the control socket to be closed", || !daemon.control.exists());
+    client.write_all(rest.as_bytes()).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("\"stopping\""), "{answer}");
+    daemon.process.done();
+    assert_eq!(state(&vm), "Running");
+    assert!(!scene.path("store/plain/refs/later").exists());
     console.assert_no_wrong_page();
 }
