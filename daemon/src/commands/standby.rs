@@ -10,7 +10,8 @@ use std::{
 
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{
-    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportRequest, Progress, Store, StreamReport,
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportRequest, Progress, Store, StoreError,
+    StreamReport,
 };
 use dormouse_core::{ImageId, ImageKind, Name};
 use dormouse_vmm_glue::{
@@ -33,7 +34,7 @@ use super::{
     import::{MEMORY, distinct},
     standby_choice::{Choice, choose},
     standby_document::print_text,
-    unfinished::{self, Earlier},
+    unfinished::{self, Earlier, Resolved},
 };
 use crate::{
     cli::values::Part,
@@ -202,12 +203,27 @@ pub(crate) fn perform(
 
     let importing = Instant::now();
     let noted = args.keep_running || note_captured(&mut under_way, &mut note, &process, &state, &document);
-    let report = match noted {
-        true => request(args, &choice, &captured, state).and_then(|r| Ok(store.import(&r, progress)?)),
+    let imported = match noted {
+        true => request(args, &choice, &captured, state).map(|r| store.import(&r, progress)),
         false => Err(Failure::new("tracking", "what was captured cannot be noted on this host")),
     };
-    let report = match report {
-        Ok(report) => report,
+    let report = match imported {
+        Ok(Ok(report)) => report,
+        Ok(Err(doubt @ StoreError::InDoubt { .. })) if args.keep_running => {
+            under_way.done();
+            let failure = Failure::from(doubt);
+            return Err(Failure { message: format!("{}; the VM is as it was", failure.message), ..failure });
+        }
+        // The guest goes on only if it is known that it may.
+        Ok(Err(doubt @ StoreError::InDoubt { .. })) => {
+            return match unfinished::resolve(&doubt, under_way, note, &process, &tracking, &store)? {
+                Resolved::Durable(document) => Ok(document),
+                Resolved::NotStored(under_way) => {
+                    Err(give_back(args, &api, &captured, under_way, doubt.into()))
+                }
+            };
+        }
+        Ok(Err(error)) => return Err(give_back(args, &api, &captured, under_way, error.into())),
         Err(failure) => return Err(give_back(args, &api, &captured, under_way, failure)),
     };
     document.import_is(report, micros(importing.elapsed()), micros(begun.elapsed()));

@@ -1,6 +1,6 @@
 //! A standby whose process was killed between the capture and the end: what is left of it is done.
 
-use dormouse_chunkstore::{Store, StreamReport};
+use dormouse_chunkstore::{Store, StoreError, StreamReport};
 use dormouse_core::Name;
 use dormouse_vmm_glue::{
     firecracker::{
@@ -100,4 +100,46 @@ pub(crate) fn finish(
     }
     let left_paused = unfinished.left == Left::Undone && unfinished.note.was_running;
     Ok(Earlier::Replaced { under_way: unfinished.under_way, left_paused })
+}
+
+/// What is known of a snapshot that was in doubt.
+pub(crate) enum Resolved {
+    /// It is durable, and its VM has ended.
+    Durable(Document),
+    /// It is not, and its guest may go on.
+    NotStored(StandbyUnderWay),
+}
+
+/// Finds out whether the snapshot of a standby is durable of which the store did not say so, and finishes it then.
+///
+/// # Errors
+/// Nobody can tell: the guest stands still, and the standby is left behind for whoever comes next.
+pub(crate) fn resolve(
+    doubt: &StoreError,
+    under_way: StandbyUnderWay,
+    note: StandbyNote,
+    process: &VmmProcess,
+    tracking: &Tracking,
+    store: &Store,
+) -> Result<Resolved, Failure> {
+    let unfinished = Unfinished::judge(under_way, note, process, store).map_err(|failure| {
+        let message = format!(
+            "it is not known whether the snapshot is stored ({doubt}), and the store cannot be asked ({failure}); the VM \
+             stands still until it can: ask again"
+        );
+        Failure { retryable: true, ..Failure::new("unavailable", message) }
+    })?;
+    if unfinished.left == Left::Undone {
+        return Ok(Resolved::NotStored(unfinished.under_way));
+    }
+    let Some(mut document) = unfinished.answer() else {
+        unfinished.done();
+        let message = format!(
+            "{doubt}; it has moved, but nobody can tell whether the guest stood still since: the snapshot and the VM are \
+             two copies of one machine; end one of the two"
+        );
+        return Err(Failure::new("vmm", message));
+    };
+    document.stream = unfinished.end(process, tracking, store)?;
+    Ok(Resolved::Durable(document))
 }

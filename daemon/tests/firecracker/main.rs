@@ -12,6 +12,7 @@ mod held_store;
 mod hostile;
 mod huge_pages;
 mod huge_stream;
+mod in_doubt;
 mod interrupted;
 mod jail;
 mod scene;
