@@ -149,7 +149,7 @@ pub(crate) fn perform(
     if let Some(earlier) = earlier {
         (under_way, left_paused) =
             match unfinished::finish(args, under_way, earlier, &process, &tracking, &store)? {
-                Earlier::Finished(document) => return Ok(document),
+                Earlier::Finished(document) => return Ok(*document),
                 Earlier::Replaced { under_way, left_paused } => (under_way, left_paused),
             };
     }
@@ -217,7 +217,7 @@ pub(crate) fn perform(
         // The guest goes on only if it is known that it may.
         Ok(Err(doubt @ StoreError::InDoubt { .. })) => {
             return match unfinished::resolve(&doubt, under_way, note, &process, &tracking, &store)? {
-                Resolved::Durable(document) => Ok(document),
+                Resolved::Durable(document) => Ok(*document),
                 Resolved::NotStored(under_way) => {
                     Err(give_back(args, &api, &captured, under_way, doubt.into()))
                 }

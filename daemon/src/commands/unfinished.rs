@@ -72,7 +72,7 @@ impl Unfinished {
 /// What became of a standby that was left behind.
 pub(crate) enum Earlier {
     /// It was the same, and this is its answer.
-    Finished(Document),
+    Finished(Box<Document>),
     /// The guest is captured as it is now, by a standby that takes its place and is to be noted in place of it.
     Replaced {
         under_way: StandbyUnderWay,
@@ -96,7 +96,7 @@ pub(crate) fn finish(
         && let Some(mut document) = unfinished.answer()
     {
         document.stream = unfinished.end(process, tracking, store)?;
-        return Ok(Earlier::Finished(document));
+        return Ok(Earlier::Finished(Box::new(document)));
     }
     let left_paused = unfinished.left == Left::Undone && unfinished.note.was_running;
     Ok(Earlier::Replaced { under_way: unfinished.under_way, left_paused })
@@ -105,7 +105,7 @@ pub(crate) fn finish(
 /// What is known of a snapshot that was in doubt.
 pub(crate) enum Resolved {
     /// It is durable, and its VM has ended.
-    Durable(Document),
+    Durable(Box<Document>),
     /// It is not, and its guest may go on.
     NotStored(StandbyUnderWay),
 }
@@ -141,5 +141,5 @@ pub(crate) fn resolve(
         return Err(Failure::new("vmm", message));
     };
     document.stream = unfinished.end(process, tracking, store)?;
-    Ok(Resolved::Durable(document))
+    Ok(Resolved::Durable(Box::new(document)))
 }

@@ -31,7 +31,7 @@ pub(super) fn look_after(daemon: &Arc<Daemon>, vm: Option<Arc<Vm>>, process: Vmm
     let started = thread::Builder::new().name("dm-unfinished".into()).spawn(move || {
         let _inside = vm.as_ref().map(|vm| vm.span().entered());
         // Whoever is at it now may be killed, too.
-        while tracking.standby_is_noted(&process) {
+        loop {
             if let Some((under_way, note)) = tracking.standby_left(&process) {
                 match Unfinished::judge(under_way, note, &process, &daemon.store) {
                     Ok(unfinished) => {
@@ -42,6 +42,9 @@ pub(super) fn look_after(daemon: &Arc<Daemon>, vm: Option<Arc<Vm>>, process: Vmm
                         tracing::warn!(pid, %failure, "a standby that was cut off waits for the store");
                     }
                 }
+            }
+            if !tracking.standby_is_noted(&process) {
+                return;
             }
             thread::sleep(TRY_INTERVAL);
         }

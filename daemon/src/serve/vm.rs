@@ -270,18 +270,22 @@ impl Drop for Over {
 }
 
 /// A standby of a VM that was cut off is being finished, until this is dropped.
-pub(super) struct Finishing(Arc<Vm>);
+pub(super) struct Finishing {
+    vm: Arc<Vm>,
+    /// None if the daemon ends: what is cut off then is the next one's to finish.
+    _pass: Option<Pass>,
+}
 
 impl Finishing {
     pub(super) fn begin(vm: &Arc<Vm>) -> Self {
         vm.lock().finishing = true;
-        Finishing(vm.clone())
+        Finishing { vm: vm.clone(), _pass: vm.gate.enter().ok() }
     }
 }
 
 impl Drop for Finishing {
     fn drop(&mut self) {
-        self.0.lock().finishing = false;
+        self.vm.lock().finishing = false;
     }
 }
 

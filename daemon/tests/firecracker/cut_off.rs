@@ -11,7 +11,8 @@ use crate::held_store::{HeldStore, Hold};
 use crate::interrupted::{kill_in_standby, start, state};
 use crate::scene::{Machine, PATIENCE, Running, Scene, document, scene, wait_until};
 use crate::serve_uffd::parked;
-use crate::served::{Mortal, Served, kill, served};
+use crate::served::{Mortal, Served, is_there, kill, request, served};
+use crate::slow_s3::use_store;
 use crate::two_standbys::standby;
 
 /// A guest that a standby as `later` left paused, as that was killed; nothing is durable.
@@ -112,5 +113,37 @@ fn a_standby_whose_request_comes_to_its_end_while_the_daemon_stops_is_not_begun(
     daemon.process.done();
     assert_eq!(state(&vm), "Running");
     assert!(!scene.path("store/plain/refs/later").exists());
+    console.assert_no_wrong_page();
+}
+
+/// It was not waited for, as it was begun after the daemon had looked for what was under way.
+#[test]
+fn a_standby_that_is_begun_while_the_daemon_waits_for_a_vm_is_done_before_it_ends() {
+    let Some(scene) = scene() else { return };
+    parked(&scene);
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    let mut daemon = Served::start_with(&scene, &["--on-stop", "wait"], |c| use_store(c, &store.address));
+    let (waited, _) = daemon.wake(&scene, "one", json!({}));
+    let (vm, console) = daemon.wake(&scene, "two", json!({}));
+    let _ends = [Mortal::of(&waited), Mortal::of(&vm)];
+    console.wait_for(".", 1);
+    daemon.post("/v1/vms/two/detach", &json!({}));
+    daemon.terminate();
+    wait_until("the daemon to stop", || daemon.get("/v1/health")["status"] == "stopping");
+    let release = store.hold_reading("vm");
+    let mut client = daemon.connect();
+    let body = json!({"name": "later"});
+    client.write_all(&request("POST", "/v1/vms/two/standby", Some(&body))).unwrap();
+    store.wait_held();
+    kill("-9", waited["pid"].as_u64().unwrap());
+    wait_until("the VM's end", || daemon.get("/v1/vms/one")["state"] == "ended");
+    // Longer than what is being answered is waited for at the end.
+    std::thread::sleep(Duration::from_secs(4));
+    drop(release);
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("\"ended\":true"), "{answer}");
+    daemon.process.done();
+    wait_until("the VM's end", || !is_there(vm["pid"].as_u64().unwrap()));
     console.assert_no_wrong_page();
 }
