@@ -147,3 +147,13 @@ fn a_standby_that_is_begun_while_the_daemon_waits_for_a_vm_is_done_before_it_end
     wait_until("the VM's end", || !is_there(vm["pid"].as_u64().unwrap()));
     console.assert_no_wrong_page();
 }
+
+/// It panicked when it let go of its store last, whose threads may not be waited for there.
+#[test]
+fn a_daemon_on_an_object_store_ends_well() {
+    let scene = Scene::bare();
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    let mut daemon = start(&scene, &store);
+    daemon.terminate();
+    daemon.process.done();
+}
