@@ -101,6 +101,20 @@ pub enum StoreError {
         /// What it said.
         why: String,
     },
+    /// A name was about to be moved and the backend did not answer, nor could it be asked whether it moved: it may have,
+    /// and it may move yet. What it would stand for is stored in either case.
+    #[error(
+        "the store at {store} did not answer when {name:?} was moved ({why}): it may have moved or not; look at it, or \
+         try again"
+    )]
+    InDoubt {
+        /// The name.
+        name: String,
+        /// The store's URL.
+        store: String,
+        /// What it said.
+        why: String,
+    },
     /// The backend refuses.
     #[error("{doing} is not permitted by the store at {store}: {why}")]
     Denied {
@@ -141,7 +155,10 @@ pub enum StoreError {
 impl StoreError {
     /// Whether the same call may succeed later without anybody mending anything.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, StoreError::Unavailable { .. } | StoreError::LostRace { .. })
+        matches!(
+            self,
+            StoreError::Unavailable { .. } | StoreError::InDoubt { .. } | StoreError::LostRace { .. }
+        )
     }
 
     pub(crate) fn file(doing: &'static str, path: &std::path::Path, source: std::io::Error) -> Self {

@@ -40,13 +40,14 @@ impl Store {
         let key = self.keys.reference(&self.domain, name);
         let bytes = new.map_or_else(Bytes::new, |r| r.encode(&self.domain).into());
         let swapped = match self.backend.swap(&key, expected, bytes.clone()) {
-            // The answer may have been lost: the reference itself says whether it moved.
+            // The answer may have been lost: the reference itself says whether it moved. One that does not say so, for
+            // whatever reason, leaves that open.
             Err(e) if e.is_retryable() => {
-                let (now, version) = self.backend.get_versioned(&key)?;
+                let Ok((now, version)) = self.backend.get_versioned(&key) else { return Err(e) };
                 if now.unwrap_or_default() == bytes {
                     true
                 } else if version.as_ref() == expected {
-                    self.backend.swap(&key, expected, bytes)?
+                    self.backend.swap(&key, expected, bytes).map_err(|_| e)?
                 } else {
                     return Err(e);
                 }

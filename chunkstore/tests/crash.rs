@@ -8,7 +8,10 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use common::{Machine, Remembered, copy_of, fresh, memory_backend};
@@ -118,7 +121,7 @@ impl Scene {
                     Fault::Truncate | Fault::FlipBit => {
                         matches!(error, StoreError::Damaged { .. } | StoreError::Missing { .. })
                     }
-                    _ => matches!(error, StoreError::Unavailable { .. }),
+                    _ => matches!(error, StoreError::Unavailable { .. } | StoreError::InDoubt { .. }),
                 };
                 assert!(named, "{how}: {error:?}");
                 // Only a writer that died cannot put back what it moved.
@@ -200,6 +203,30 @@ fn an_ambiguous_commit_succeeds() {
         let store = Store::with_backend(Arc::new(faulty), StoreOptions::default());
         store.import(&scene.request, &NoProgress).unwrap();
         assert!(scene.check(&inner, "a lost answer to the swap"));
+    }
+}
+
+/// Whoever took it for "nothing was stored" let a machine run on whose snapshot was there.
+#[test]
+fn a_commit_that_is_not_answered_by_a_store_that_stays_away_is_in_doubt_and_no_earlier_failure_is() {
+    for scene in scenes() {
+        for (op, fault) in [("swap", Fault::LoseAnswer), ("swap", Fault::Fail), ("list", Fault::Fail)] {
+            let inner = copy_of(&*scene.before);
+            let away = AtomicBool::new(false);
+            let faulty = FaultyBackend::new(inner.clone(), move |_, asked, _| {
+                if away.load(Ordering::SeqCst) {
+                    return Some(Fault::Fail);
+                }
+                away.store(asked == op, Ordering::SeqCst);
+                (asked == op).then_some(fault)
+            });
+            let store = Store::with_backend(Arc::new(faulty), StoreOptions::default());
+            let error = store.import(&scene.request, &NoProgress).unwrap_err();
+            let in_doubt = matches!(&error, StoreError::InDoubt { name, .. } if name == scene.target());
+            assert_eq!(in_doubt, op == "swap", "{op}, {fault:?}: {error:?}");
+            assert!(error.is_retryable());
+            assert_eq!(scene.check(&inner, "not answered"), fault == Fault::LoseAnswer);
+        }
     }
 }
 

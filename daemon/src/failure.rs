@@ -67,7 +67,7 @@ impl From<StoreError> for Failure {
             StoreError::Damaged { key, why } => (damage_kind(why), Some(key.clone())),
             StoreError::Conflict { .. } => ("conflict", None),
             StoreError::LostRace { .. } => ("lost_race", None),
-            StoreError::Unavailable { .. } => ("unavailable", None),
+            StoreError::Unavailable { .. } | StoreError::InDoubt { .. } => ("unavailable", None),
             StoreError::Denied { .. } => ("denied", None),
             StoreError::Full { .. } => ("full", None),
             StoreError::File { .. } => ("file", None),

@@ -133,11 +133,17 @@ impl Store {
         });
         let moved = proven.and_then(|()| {
             announced.check_time()?;
-            self.swap_reference(&request.name, version.as_ref(), Some(&reference))
+            let moved = self.swap_reference(&request.name, version.as_ref(), Some(&reference));
+            moved.map_err(|e| match e {
+                StoreError::Unavailable { store, why, .. } => {
+                    StoreError::InDoubt { name: request.name.to_string(), store, why }
+                }
+                e => e,
+            })
         });
         match moved {
             // It may move yet, if the request is still on its way: the announcement stays until it is too old.
-            Err(e @ StoreError::Unavailable { .. }) => return Err(e),
+            Err(e @ (StoreError::Unavailable { .. } | StoreError::InDoubt { .. })) => return Err(e),
             moved => {
                 announced.withdraw();
                 moved?;

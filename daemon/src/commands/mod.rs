@@ -19,6 +19,7 @@ pub(crate) mod serve;
 pub(crate) mod serve_uffd;
 pub(crate) mod show;
 pub(crate) mod standby;
+mod standby_choice;
 mod standby_document;
 pub(crate) mod stream;
 pub(crate) mod tier;

@@ -10,7 +10,8 @@ use std::{
 
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{
-    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportRequest, Progress, Store, StreamReport,
+    BlobBytes, BlobSource, DEFAULT_LEVEL, Dirty, ImageSource, ImportRequest, Progress, Store, StoreError,
+    StreamReport,
 };
 use dormouse_core::{ImageId, ImageKind, Name};
 use dormouse_vmm_glue::{
@@ -18,7 +19,6 @@ use dormouse_vmm_glue::{
         ApiClient, Jail, VmmProcess,
         api::SnapshotKind,
         capture::{self, Capture},
-        memfile,
         tracking::{Base, Tracking},
         under_way::{self, StandbyNote, StandbyUnderWay},
         vcpus::VcpuMarks,
@@ -32,8 +32,9 @@ pub(crate) use super::standby_document::Document;
 use super::{
     cloud_hypervisor,
     import::{MEMORY, distinct},
+    standby_choice::{Choice, choose},
     standby_document::print_text,
-    unfinished,
+    unfinished::{self, Earlier, Resolved},
 };
 use crate::{
     cli::values::Part,
@@ -102,15 +103,6 @@ pub(crate) struct StandbyArgs {
     pub(crate) traces: TraceArgs,
 }
 
-/// What is captured, and over which parent it is stored.
-pub(super) struct Choice {
-    /// Whether the guest runs now.
-    is_running: bool,
-    pub(super) kind: SnapshotKind,
-    pub(super) parent: Option<Name>,
-    pub(super) full_because: Option<&'static str>,
-}
-
 pub(crate) fn run(command: &StandbyCommand, context: &Context) -> Result<Status, Failure> {
     let args = match command {
         StandbyCommand::Firecracker(args) => args,
@@ -148,26 +140,59 @@ pub(crate) fn perform(
     let api = ApiClient::new(&args.api_socket, API_PATIENCE);
     let process = process_at(&args.api_socket)?;
     let tracking = tracking()?;
+    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
     let store = open_store()?;
-    if let Some(document) = unfinished::finish(args, &process, &tracking, &store)? {
-        return Ok(document);
+    let mut note = StandbyNote::new(&args.name, &args.api_socket, false);
+    (note.by, note.request) = (asked.by, asked.request);
+    let (mut under_way, earlier) = tracking.begin_standby(&process, &note).map_err(|e| cannot_note(&e))?;
+    let (after_another, mut left_paused) = (earlier.is_some(), false);
+    if let Some(earlier) = earlier {
+        (under_way, left_paused) =
+            match unfinished::finish(args, under_way, earlier, &process, &tracking, &store)? {
+                Earlier::Finished(document) => return Ok(*document),
+                Earlier::Replaced { under_way, left_paused } => (under_way, left_paused),
+            };
     }
-    let choice = choose(args, &api, &process, &tracking, &store)?;
+    // What can be refused is refused before the guest is touched.
+    let choice = match choose(args, &api, &process, &tracking, &store) {
+        Ok(choice) => choice,
+        Err(failure) if left_paused => return Err(let_go(&api, under_way, failure)),
+        Err(failure) => {
+            // What was left behind before still is.
+            (!after_another).then(|| under_way.done());
+            return Err(failure);
+        }
+    };
+    note.was_running = choice.is_running || left_paused;
+    under_way.note(&note).map_err(|e| cannot_note(&e))?;
     let check_us = micros(begun.elapsed());
     traced.over("check");
 
     // Before the capture, for which Firecracker touches pages of its own accord.
     let session = tracking.session_of(&process);
-    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
-    let mut note = StandbyNote::new(&args.name, &args.api_socket, choice.is_running);
-    (note.by, note.request) = (asked.by, asked.request);
-    let mut under_way = tracking.begin_standby(&process, &note).map_err(|e| cannot_note(&e))?;
-    let captured = capture_it(args, &api, &process, &tracking, choice.kind, jail.as_ref());
-    let Captured { capture: captured, state } = match captured {
+    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
+    if let Err(error) = tracking.forget(&process) {
+        let failure = Failure::new("tracking", error.to_string());
+        if left_paused {
+            return Err(let_go(&api, under_way, failure));
+        }
+        under_way.done();
+        return Err(failure);
+    }
+    let captured = capture::capture(&api, choice.kind, note.was_running, args.keep_running, jail.as_ref());
+    let captured = match captured {
         Ok(captured) => captured,
-        Err(failure) => {
-            under_way.done();
-            return Err(failure);
+        Err(error) => {
+            // One that stands still is for whoever comes next to let go on.
+            (!error.stands_still()).then(|| under_way.done());
+            return Err(vmm_failure(&error));
+        }
+    };
+    let state = match captured.state.read() {
+        Ok(state) => state,
+        Err(error) => {
+            let failure = Failure::new("memory", error.to_string());
+            return Err(give_back(args, &api, &captured, under_way, failure));
         }
     };
     let resumable_us = micros(begun.elapsed());
@@ -178,17 +203,28 @@ pub(crate) fn perform(
 
     let importing = Instant::now();
     let noted = args.keep_running || note_captured(&mut under_way, &mut note, &process, &state, &document);
-    let report = match noted {
-        true => request(args, &choice, &captured, state).and_then(|r| Ok(store.import(&r, progress)?)),
+    let imported = match noted {
+        true => request(args, &choice, &captured, state).map(|r| store.import(&r, progress)),
         false => Err(Failure::new("tracking", "what was captured cannot be noted on this host")),
     };
-    let report = match report {
-        Ok(report) => report,
-        Err(failure) => {
-            let failure = give_back(args, &api, &captured, failure);
+    let report = match imported {
+        Ok(Ok(report)) => report,
+        Ok(Err(doubt @ StoreError::InDoubt { .. })) if args.keep_running => {
             under_way.done();
-            return Err(failure);
+            let failure = Failure::from(doubt);
+            return Err(Failure { message: format!("{}; the VM is as it was", failure.message), ..failure });
         }
+        // The guest goes on only if it is known that it may.
+        Ok(Err(doubt @ StoreError::InDoubt { .. })) => {
+            return match unfinished::resolve(&doubt, under_way, note, &process, &tracking, &store)? {
+                Resolved::Durable(document) => Ok(*document),
+                Resolved::NotStored(under_way) => {
+                    Err(give_back(args, &api, &captured, under_way, doubt.into()))
+                }
+            };
+        }
+        Ok(Err(error)) => return Err(give_back(args, &api, &captured, under_way, error.into())),
+        Err(failure) => return Err(give_back(args, &api, &captured, under_way, failure)),
     };
     document.import_is(report, micros(importing.elapsed()), micros(begun.elapsed()));
     traced.over("import");
@@ -218,30 +254,6 @@ pub(crate) fn perform(
     traced.over("stream");
     document.tell();
     Ok(document)
-}
-
-/// A guest in this host's memory.
-struct Captured {
-    capture: Capture,
-    /// Its device state.
-    state: Vec<u8>,
-}
-
-fn capture_it(
-    args: &StandbyArgs,
-    api: &ApiClient,
-    process: &VmmProcess,
-    tracking: &Tracking,
-    kind: SnapshotKind,
-    jail: Option<&Jail>,
-) -> Result<Captured, Failure> {
-    // Taking a snapshot makes Firecracker count anew; from here on what was remembered is wrong.
-    tracking.forget(process).map_err(|e| Failure::new("tracking", e.to_string()))?;
-    let capture = capture::capture(api, kind, args.keep_running, jail).map_err(|e| vmm_failure(&e))?;
-    match capture.state.read() {
-        Ok(state) => Ok(Captured { capture, state }),
-        Err(error) => Err(give_back(args, api, &capture, Failure::new("memory", error.to_string()))),
-    }
 }
 
 fn cannot_note(error: &io::Error) -> Failure {
@@ -290,50 +302,6 @@ pub(crate) fn tracking() -> Result<Tracking, Failure> {
     Tracking::open(&directory).map_err(|e| Failure::file("using", &directory, &e))
 }
 
-fn choose(
-    args: &StandbyArgs,
-    api: &ApiClient,
-    process: &VmmProcess,
-    tracking: &Tracking,
-    store: &Store,
-) -> Result<Choice, Failure> {
-    // What can be refused is refused before the guest is touched.
-    let is_running = capture::is_running(api).map_err(|e| vmm_failure(&e))?;
-    let base = tracking.base_of(process);
-    let stands_for_base = |name: &Name| {
-        let snapshot = store.open_snapshot(name).ok().map(|s| s.reference().snapshot.to_string());
-        snapshot.is_some() && snapshot == base.as_ref().map(|b| b.snapshot.clone())
-    };
-    let parent = match &args.parent {
-        Some(parent) => {
-            store.open_snapshot(parent)?;
-            Some(parent.clone())
-        }
-        None => base.as_ref().and_then(|b| Name::new(&b.name).ok()).filter(|name| stands_for_base(name)),
-    };
-    if !args.replace && parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
-        return Err(Failure::usage(format!(
-            "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
-            args.name
-        )));
-    }
-    let full_because = if args.full {
-        Some("--full asks for it")
-    } else if parent.is_none() {
-        Some("there is no parent")
-    } else if !parent.as_ref().is_some_and(stands_for_base) {
-        Some("this host does not know the VM to have come from the parent")
-    } else if !capture::tracks_dirty_pages(api).map_err(|e| vmm_failure(&e))? {
-        Some("Firecracker does not track dirty pages")
-    } else if !memfile::holes_are_exact() {
-        Some("transparent huge pages blur what changed in files in memory")
-    } else {
-        None
-    };
-    let kind = if full_because.is_some() { SnapshotKind::Full } else { SnapshotKind::Diff };
-    Ok(Choice { is_running, kind, parent, full_because })
-}
-
 fn request(
     args: &StandbyArgs,
     choice: &Choice,
@@ -378,16 +346,32 @@ pub(super) fn predicted_stream(
 }
 
 /// The store did not take the snapshot: the VM goes on as if nothing had happened.
-fn give_back(args: &StandbyArgs, api: &ApiClient, captured: &Capture, failure: Failure) -> Failure {
-    let state = if args.keep_running || !captured.was_running {
-        "the VM is as it was".to_owned()
-    } else {
-        match api.resume() {
-            Ok(()) => "the VM runs on".to_owned(),
-            Err(error) => format!("the VM is still there, paused, and could not be resumed ({error})"),
+fn give_back(
+    args: &StandbyArgs,
+    api: &ApiClient,
+    captured: &Capture,
+    under_way: StandbyUnderWay,
+    failure: Failure,
+) -> Failure {
+    let failure = Failure { message: format!("{}; nothing was stored", failure.message), ..failure };
+    if args.keep_running || !captured.was_running {
+        under_way.done();
+        return Failure { message: format!("{} and the VM is as it was", failure.message), ..failure };
+    }
+    let_go(api, under_way, failure)
+}
+
+/// A VM that ran and is paused, of which nothing was stored, goes on. If it cannot be told to, it is left behind for
+/// whoever comes next.
+fn let_go(api: &ApiClient, under_way: StandbyUnderWay, failure: Failure) -> Failure {
+    let state = match api.resume() {
+        Ok(()) => {
+            under_way.done();
+            "the VM runs on".to_owned()
         }
+        Err(error) => format!("the VM is still there, paused, and could not be resumed ({error}); ask again"),
     };
-    Failure { message: format!("{}; nothing was stored and {state}", failure.message), ..failure }
+    Failure { message: format!("{} and {state}", failure.message), ..failure }
 }
 
 pub(crate) fn end(process: &VmmProcess) -> Result<(), Failure> {

@@ -10,7 +10,10 @@ use dormouse_core::Name;
 use dormouse_vmm_glue::firecracker::{VmmProcess, api::SnapshotKind, capture::Capture};
 use serde::{Deserialize, Serialize};
 
-use super::standby::{Choice, StandbyArgs, micros};
+use super::{
+    standby::{StandbyArgs, micros},
+    standby_choice::Choice,
+};
 use crate::{human, traces};
 
 /// What `standby` says of itself.
@@ -26,8 +29,8 @@ pub(crate) struct Document {
     full_because: Option<Cow<'static, str>>,
     pid: i32,
     ended: bool,
-    /// The process that did it was killed before the VM had ended, and another one saw to that. What the first had not
-    /// noted by then is 0.
+    /// The process that did it was killed before the VM had ended, and another one saw to that; or the store did not say
+    /// that the snapshot is durable, and was asked. What had not been noted by then is 0.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     finished_later: bool,
     /// How long the guest stood still, or had to before it could have gone on.

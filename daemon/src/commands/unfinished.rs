@@ -1,6 +1,6 @@
 //! A standby whose process was killed between the capture and the end: what is left of it is done.
 
-use dormouse_chunkstore::{Store, StreamReport};
+use dormouse_chunkstore::{Store, StoreError, StreamReport};
 use dormouse_core::Name;
 use dormouse_vmm_glue::{
     firecracker::{
@@ -23,20 +23,10 @@ pub(crate) struct Unfinished {
 }
 
 impl Unfinished {
-    /// What was left behind of `process`, if anything was.
+    /// What is left to do of the standby of `process` with this note.
     ///
     /// # Errors
     /// The store cannot be asked, so nobody can tell: the guest is left as it is.
-    pub(crate) fn of(
-        process: &VmmProcess,
-        tracking: &Tracking,
-        store: &Store,
-    ) -> Result<Option<Self>, Failure> {
-        let left_behind = tracking.standby_left(process);
-        left_behind.map(|(under_way, note)| Self::judge(under_way, note, process, store)).transpose()
-    }
-
-    /// The same of a note at hand.
     pub(crate) fn judge(
         under_way: StandbyUnderWay,
         note: StandbyNote,
@@ -79,20 +69,77 @@ impl Unfinished {
     }
 }
 
+/// What became of a standby that was left behind.
+pub(crate) enum Earlier {
+    /// It was the same, and this is its answer.
+    Finished(Box<Document>),
+    /// The guest is captured as it is now, by a standby that takes its place and is to be noted in place of it.
+    Replaced {
+        under_way: StandbyUnderWay,
+        /// It paused a guest that ran, and nothing of that was stored.
+        left_paused: bool,
+    },
+}
+
 /// Does what is left of an earlier standby of `process`, if that is what `args` ask for.
 pub(crate) fn finish(
     args: &StandbyArgs,
+    under_way: StandbyUnderWay,
+    earlier: StandbyNote,
     process: &VmmProcess,
     tracking: &Tracking,
     store: &Store,
-) -> Result<Option<Document>, Failure> {
-    match Unfinished::of(process, tracking, store)? {
-        Some(unfinished) if unfinished.note.name == args.name.as_str() && !args.keep_running => {
-            let Some(mut document) = unfinished.answer() else { return Ok(None) };
-            document.stream = unfinished.end(process, tracking, store)?;
-            Ok(Some(document))
-        }
-        // The guest is captured as it is now, by a standby that takes this one's place.
-        _ => Ok(None),
+) -> Result<Earlier, Failure> {
+    let unfinished = Unfinished::judge(under_way, earlier, process, store)?;
+    if unfinished.note.name == args.name.as_str()
+        && !args.keep_running
+        && let Some(mut document) = unfinished.answer()
+    {
+        document.stream = unfinished.end(process, tracking, store)?;
+        return Ok(Earlier::Finished(Box::new(document)));
     }
+    let left_paused = unfinished.left == Left::Undone && unfinished.note.was_running;
+    Ok(Earlier::Replaced { under_way: unfinished.under_way, left_paused })
+}
+
+/// What is known of a snapshot that was in doubt.
+pub(crate) enum Resolved {
+    /// It is durable, and its VM has ended.
+    Durable(Box<Document>),
+    /// It is not, and its guest may go on.
+    NotStored(StandbyUnderWay),
+}
+
+/// Finds out whether the snapshot of a standby is durable of which the store did not say so, and finishes it then.
+///
+/// # Errors
+/// Nobody can tell: the guest stands still, and the standby is left behind for whoever comes next.
+pub(crate) fn resolve(
+    doubt: &StoreError,
+    under_way: StandbyUnderWay,
+    note: StandbyNote,
+    process: &VmmProcess,
+    tracking: &Tracking,
+    store: &Store,
+) -> Result<Resolved, Failure> {
+    let unfinished = Unfinished::judge(under_way, note, process, store).map_err(|failure| {
+        let message = format!(
+            "it is not known whether the snapshot is stored ({doubt}), and the store cannot be asked ({failure}); the VM \
+             stands still until it can: ask again"
+        );
+        Failure { retryable: true, ..Failure::new("unavailable", message) }
+    })?;
+    if unfinished.left == Left::Undone {
+        return Ok(Resolved::NotStored(unfinished.under_way));
+    }
+    let Some(mut document) = unfinished.answer() else {
+        unfinished.done();
+        let message = format!(
+            "{doubt}; it has moved, but nobody can tell whether the guest stood still since: the snapshot and the VM are \
+             two copies of one machine; end one of the two"
+        );
+        return Err(Failure::new("vmm", message));
+    };
+    document.stream = unfinished.end(process, tracking, store)?;
+    Ok(Resolved::Durable(Box::new(document)))
 }

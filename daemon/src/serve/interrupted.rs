@@ -1,14 +1,15 @@
-//! Standbys in whose midst an earlier daemon was ended: they are finished where the snapshot is durable, and the guest
-//! goes on where nothing was stored. Never both: two copies of one machine awake are the worst that can happen.
+//! Standbys that were cut off, as an earlier daemon was ended in their midst or the store did not say how they ended: they
+//! are finished where the snapshot is durable, and the guest goes on where nothing was stored. Never both: two copies of
+//! one machine awake are the worst that can happen.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{path::Path, sync::Arc, thread, time::Duration};
 
-use dormouse_vmm_glue::{
-    firecracker::{ApiClient, VmmProcess, capture, tracking::Tracking, under_way::Left},
-    keeper::KeptVm,
+use dormouse_vmm_glue::firecracker::{ApiClient, VmmProcess, capture, tracking::Tracking, under_way::Left};
+
+use super::{
+    state::Daemon,
+    vm::{Finishing, Vm},
 };
-
-use super::{kept::Trouble, state::Daemon, vm::Vm};
 use crate::commands::{
     standby::{process_at, tracking},
     unfinished::Unfinished,
@@ -16,70 +17,74 @@ use crate::commands::{
 
 /// How long a VM's Firecracker may take to let its guest go on.
 const API_PATIENCE: Duration = Duration::from_secs(10);
-/// Between two tries while the store is away.
+/// Between two tries while the store is away, or a Firecracker does not answer.
 const TRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The standby of a kept VM that was left behind, if there is one.
-pub(super) fn left_behind(daemon: &Daemon, kept: &KeptVm) -> Result<Option<Unfinished>, Trouble> {
-    // Whatever is wrong with its process is found when it is taken up.
-    let (Ok(process), Ok(tracking)) = (kept.vmm(), tracking()) else { return Ok(None) };
-    Unfinished::of(&process, &tracking, &daemon.store).map_err(|failure| Trouble::Later(failure.message))
-}
-
-/// Does what is left of the standby of a VM that is served again.
-pub(super) fn finish(daemon: &Daemon, vm: &Vm, kept: &KeptVm, unfinished: Unfinished) {
-    let (Ok(process), Ok(tracking)) = (kept.vmm(), tracking()) else { return };
-    do_what_is_left(daemon, Some(vm), &process, &tracking, unfinished);
-}
-
-/// The same for VMs that are not among those `kept`: they were found and put on standby. On a thread, as the store may be away.
-pub(super) fn finish_others(daemon: &Arc<Daemon>, kept: Vec<i32>) {
+/// Does what is left of a standby of `process`, if anything is: on a thread, as the store may be away and its Firecracker
+/// slow to answer, until it is done or the process has ended.
+pub(super) fn look_after(daemon: &Arc<Daemon>, vm: Option<Arc<Vm>>, process: VmmProcess) {
+    let Ok(tracking) = tracking() else { return };
+    if !tracking.standby_is_noted(&process) {
+        return;
+    }
     let daemon = daemon.clone();
     let started = thread::Builder::new().name("dm-unfinished".into()).spawn(move || {
-        while finish_others_once(&daemon, &kept) && !daemon.is_stopping() {
+        let _inside = vm.as_ref().map(|vm| vm.span().entered());
+        // Whoever is at it now may be killed, too.
+        loop {
+            if let Some((under_way, note)) = tracking.standby_left(&process) {
+                match Unfinished::judge(under_way, note, &process, &daemon.store) {
+                    Ok(unfinished) => {
+                        do_what_is_left(&daemon, vm.as_ref(), &process, &tracking, unfinished);
+                    }
+                    Err(failure) => {
+                        let pid = process.peer().pid;
+                        tracing::warn!(pid, %failure, "a standby that was cut off waits for the store");
+                    }
+                }
+            }
+            if !tracking.standby_is_noted(&process) {
+                return;
+            }
             thread::sleep(TRY_INTERVAL);
         }
     });
     if let Err(error) = started {
-        tracing::error!(%error, "standbys that were interrupted are not looked after");
+        tracing::error!(%error, "a standby that was cut off is not looked after");
     }
 }
 
-/// Whether some have to be looked at again.
-fn finish_others_once(daemon: &Daemon, kept: &[i32]) -> bool {
-    let Ok(tracking) = tracking() else { return false };
-    let mut again = false;
+/// The same of a VM whose standby failed.
+pub(super) fn look_after_vm(daemon: &Arc<Daemon>, vm: &Arc<Vm>, api_socket: &Path) {
+    if let Ok(process) = process_at(api_socket) {
+        look_after(daemon, Some(vm.clone()), process);
+    }
+}
+
+/// The same of VMs that are not among those `kept`: they were found and put on standby.
+pub(super) fn look_after_others(daemon: &Arc<Daemon>, kept: &[i32]) {
+    let Ok(tracking) = tracking() else { return };
     for (under_way, note) in tracking.all_standbys_left() {
         if note.by.as_ref() != Some(&daemon.directory) {
             continue;
         }
-        let process = match process_at(&note.api_socket) {
-            Ok(process) if under_way.is_of(&process, &tracking) => process,
+        match process_at(&note.api_socket) {
+            Ok(process) if under_way.is_of(&process, &tracking) => {
+                drop(under_way);
+                // Whoever takes it up sees to those that are kept.
+                if !kept.contains(&process.peer().pid) {
+                    look_after(daemon, None, process);
+                }
+            }
             // It has ended.
-            _ => {
-                under_way.done();
-                continue;
-            }
-        };
-        let pid = process.peer().pid;
-        if kept.contains(&pid) {
-            // Whoever takes it up sees to that.
-            continue;
-        }
-        match Unfinished::judge(under_way, note, &process, &daemon.store) {
-            Ok(unfinished) => do_what_is_left(daemon, None, &process, &tracking, unfinished),
-            Err(failure) => {
-                tracing::warn!(pid, %failure, "a standby that was interrupted waits for the store");
-                again = true;
-            }
+            _ => under_way.done(),
         }
     }
-    again
 }
 
 fn do_what_is_left(
     daemon: &Daemon,
-    vm: Option<&Vm>,
+    vm: Option<&Arc<Vm>>,
     process: &VmmProcess,
     tracking: &Tracking,
     unfinished: Unfinished,
@@ -88,7 +93,8 @@ fn do_what_is_left(
     match unfinished.left.clone() {
         Left::Undone => go_on(pid, unfinished),
         Left::End { snapshot } => {
-            // Known before it ends: whoever sees that it is gone sees why.
+            // Known before it ends, and all of it before the VM has: whoever sees that it is gone sees why.
+            let _finishing = vm.map(Finishing::begin);
             let request = serde_json::from_value(unfinished.note.request.clone()).ok();
             if let (Some(vm), Some(answer)) = (vm, request.zip(unfinished.answer())) {
                 vm.lock().standby = Some(answer);
@@ -99,7 +105,7 @@ fn do_what_is_left(
                         pid,
                         name,
                         snapshot,
-                        "the standby that an earlier daemon began is finished: it was durable"
+                        "a standby that was cut off is finished: it was durable"
                     );
                     if let Some((_, answer)) =
                         vm.map(|vm| vm.lock()).as_mut().and_then(|inner| inner.standby.as_mut())
@@ -118,8 +124,8 @@ fn do_what_is_left(
                 pid,
                 name,
                 snapshot,
-                "the earlier daemon was ended while it put this VM on standby; the snapshot is durable, but somebody let \
-                 the guest run on: end one of the two"
+                "a standby of this VM was cut off; the snapshot is durable, but somebody let the guest run on: end one \
+                 of the two"
             );
             unfinished.done();
         }
@@ -136,14 +142,11 @@ fn go_on(pid: i32, unfinished: Unfinished) {
     };
     match resumed {
         Ok(()) => {
-            tracing::warn!(
-                pid,
-                "the earlier daemon was ended while it put this VM on standby; nothing was stored, it is as it was"
-            );
+            tracing::warn!(pid, "a standby of this VM was cut off; nothing was stored, it is as it was");
             unfinished.done();
         }
         Err(why) => {
-            tracing::error!(pid, %why, "the VM may stand still; PATCH /vm of its Firecracker lets it go on")
+            tracing::error!(pid, %why, "the VM may stand still; it is told to go on again")
         }
     }
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{
     api::{Origin, WakeRequest},
-    interrupted::{self, finish, left_behind},
+    interrupted,
     process::Process,
     scratch::{self, Scratch},
     state::Daemon,
@@ -54,13 +54,14 @@ pub(super) fn notes(vm: &Vm, scratch: Option<&Scratch>) -> BTreeMap<String, Stri
 pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
     let Some(keeper) = &daemon.keeper else {
         scratch::clean(&daemon.directory, &[]);
-        interrupted::finish_others(daemon, Vec::new());
+        interrupted::look_after_others(daemon, &[]);
         return Ok(());
     };
     let all = keeper.take_all().map_err(|e| Failure::new("keep", e.to_string()))?;
     let scratch_of = |kept: &KeptVm| kept.record.notes.get(SCRATCH).map(PathBuf::from);
     let in_use: Vec<PathBuf> = all.iter().filter_map(scratch_of).collect();
-    let processes = all.iter().map(|kept| kept.vmm().map_or(kept.record.pid, |p| p.peer().pid)).collect();
+    let processes: Vec<_> =
+        all.iter().map(|kept| kept.vmm().map_or(kept.record.pid, |p| p.peer().pid)).collect();
     for kept in all {
         let (daemon, keeper) = (daemon.clone(), keeper.clone());
         // Each on its own: one whose pages cannot be had holds up no other.
@@ -79,7 +80,7 @@ pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
         }
     }
     scratch::clean(&daemon.directory, &in_use);
-    interrupted::finish_others(daemon, processes);
+    interrupted::look_after_others(daemon, &processes);
     Ok(())
 }
 
@@ -149,8 +150,6 @@ fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Kee
         error => Trouble::Later(error.to_string()),
     })?;
     let opened = Opened::of(Resume { snapshot, stream: None }).map_err(|e| Trouble::Later(e.to_string()))?;
-    // Before it is served: what is not known yet is asked for again.
-    let unfinished = left_behind(daemon, kept)?;
     let again = kept.try_clone().map_err(|e| Trouble::Later(e.to_string()))?;
     let session = Session::readopt(again, &opened, kept.record.options, keeper.clone(), noted());
     let session = session.map_err(|refusal| match refusal.error {
@@ -161,8 +160,8 @@ fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Kee
         return Err(Trouble::Never(end_unwoken(vm, session)));
     }
     wake::serve(daemon, vm, session).map_err(Trouble::Never)?;
-    if let Some(unfinished) = unfinished {
-        finish(daemon, vm, kept, unfinished);
+    if let Ok(process) = kept.vmm() {
+        interrupted::look_after(daemon, Some(vm.clone()), process);
     }
     Ok(())
 }

@@ -9,7 +9,7 @@
 //! | `wake`, `operations`, `listener` | what can be done |
 //! | `kept`, `interrupted`, `scratch` | VMs of an earlier daemon, and what it left behind |
 //! | `metrics`, `totals`, `counted` | what is counted |
-//! | `stop`, `notify` | the end, and what systemd is told |
+//! | `stop`, `gate`, `notify` | the end, what may be begun until then, and what systemd is told |
 //!
 //! The runtime's threads carry requests and nothing else: whatever waits for a store, a disk or a VMM does so on a
 //! blocking thread, and pages are served by the plain threads of each VM's restore.
@@ -19,6 +19,7 @@ pub(crate) mod api;
 mod body;
 pub(crate) mod codes;
 mod counted;
+mod gate;
 mod interrupted;
 mod kept;
 mod listener;
@@ -98,6 +99,9 @@ pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Fail
         let backend = Counted { inner: open_url(&settings.store_url)?, metrics: store_metrics.clone() };
         // A store that is away now may be back when it is needed.
         let store = Store::with_backend(Arc::new(backend), settings.store_options);
+        // It lives as long as the process: that of an object store has threads of its own, and they may not be waited
+        // for here, where the last to let go of it may be, nor on the threads that carry requests.
+        std::mem::forget(store.clone());
         let metrics = Metrics::new(&store_metrics);
         let control = Control::bind(&settings.control)?;
         let daemon = Arc::new(Daemon::new(

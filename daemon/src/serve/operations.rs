@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     api::{Origin, StandbyRequest, State, StopRequest, VmDocument, seconds},
+    interrupted,
     process::Process,
     state::Daemon,
     vm::Vm,
@@ -57,7 +58,7 @@ pub(super) async fn standby(
         let asked = Asked { by: Some(daemon.directory.clone()), request: json!(done) };
         let document = standby::perform(&args, asked, || Ok(daemon.store.clone()), &NoProgress);
         daemon.metrics.slept(&document);
-        let document = document?;
+        let document = document.inspect_err(|_| interrupted::look_after_vm(&daemon, vm, &args.api_socket))?;
         let answer = json!(document);
         vm.lock().standby = Some((done, document));
         Ok(answer)

@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::{
     OnStop,
     api::{Health, Origin, State, VmDocument},
+    gate::{self, Gate},
     listener::Listener,
     metrics::{Metrics, Now},
     totals::Totals,
@@ -41,6 +42,8 @@ pub(super) struct Daemon {
     pub(super) metrics: Metrics,
     since_unix_ms: u64,
     stopping: AtomicBool,
+    /// What is begun with VMs passes it.
+    pub(super) gate: Arc<Gate>,
     tables: Mutex<Tables>,
 }
 
@@ -89,6 +92,7 @@ impl Daemon {
             metrics,
             since_unix_ms: now_unix_ms(),
             stopping: AtomicBool::new(false),
+            gate: Arc::default(),
             tables: Mutex::default(),
         }
     }
@@ -127,7 +131,7 @@ impl Daemon {
         if !self.is_stopping() {
             return Ok(());
         }
-        Err(Failure { retryable: true, ..Failure::new("stopping", "the daemon takes nothing on any more") })
+        Err(gate::stopping())
     }
 
     /// A short name that was not used before, by an earlier daemon either.
@@ -181,7 +185,7 @@ impl Daemon {
                 false => Err(Failure::new("exists", format!("there is a VM {id}, from another request"))),
             };
         }
-        let vm = Vm::new(&id, name, origin, request);
+        let vm = Vm::new(&id, name, origin, request, self.gate.clone());
         // What failed has counted nothing.
         tables.vms.insert(id, vm.clone());
         Ok((vm, true))

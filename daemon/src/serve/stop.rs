@@ -34,7 +34,8 @@ pub(super) fn on_signal() -> Result<oneshot::Receiver<()>, Failure> {
     Ok(told)
 }
 
-/// Takes nothing on any more, and returns when the policy for the VMs is fulfilled. Requests are answered until then.
+/// Takes on no VM any more, and returns when the policy for those there are is fulfilled and nothing is under way: nor is
+/// anything begun from then on. Requests are answered until then.
 pub(super) async fn stop(daemon: &Arc<Daemon>) {
     daemon.stop();
     for listener in daemon.listeners() {
@@ -57,18 +58,21 @@ pub(super) async fn stop(daemon: &Arc<Daemon>) {
     while daemon.vms().iter().any(|vm| vm.is_busy()) {
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
-    match policy {
-        OnStop::Keep => {
-            // Theirs is the next daemon's to go on with.
-            daemon.vms().iter().for_each(|vm| vm.end_span());
-            return telling.abort();
-        }
-        OnStop::Detach => detach_all(daemon).await,
-        OnStop::Wait => {}
+    if policy == OnStop::Detach {
+        detach_all(daemon).await;
     }
     // With `detach`, those that ended meanwhile.
-    while daemon.vms().iter().any(|vm| matches!(vm.state(), State::Starting | State::Running)) {
+    let served = || daemon.vms().iter().any(|vm| matches!(vm.state(), State::Starting | State::Running));
+    while policy != OnStop::Keep && served() {
         tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    // Something may have been begun meanwhile, with one that was detached for example.
+    while !daemon.gate.close() {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    if policy == OnStop::Keep {
+        // Theirs is the next daemon's to go on with.
+        daemon.vms().iter().for_each(|vm| vm.end_span());
     }
     telling.abort();
 }

@@ -13,6 +13,7 @@ use tracing::Span;
 
 use super::{
     api::{Origin, StandbyRequest, State, VmDocument},
+    gate::{Gate, Pass},
     process::Process,
     scratch::Scratch,
 };
@@ -31,6 +32,8 @@ pub(super) struct Vm {
     span: Mutex<Span>,
     since_unix_ms: u64,
     state: watch::Sender<State>,
+    /// What is begun with it passes this.
+    gate: Arc<Gate>,
     inner: Mutex<Inner>,
 }
 
@@ -56,6 +59,8 @@ pub(super) struct Inner {
     /// The request it was made by.
     pub(super) request: Value,
     operation: Option<Operation>,
+    /// A standby that was cut off is being finished.
+    finishing: bool,
 }
 
 type Outcome = Option<Result<Value, Failure>>;
@@ -69,13 +74,14 @@ struct Operation {
 }
 
 impl Vm {
-    pub(super) fn new(id: &str, name: &str, origin: Origin, request: Value) -> Arc<Self> {
+    pub(super) fn new(id: &str, name: &str, origin: Origin, request: Value, gate: Arc<Gate>) -> Arc<Self> {
         Arc::new(Vm {
             id: id.into(),
             name: name.into(),
             span: Mutex::new(span_of(id, name)),
             since_unix_ms: now_unix_ms(),
             state: watch::channel(State::Starting).0,
+            gate,
             inner: Mutex::new(Inner {
                 origin,
                 snapshot: None,
@@ -91,6 +97,7 @@ impl Vm {
                 failure: None,
                 request,
                 operation: None,
+                finishing: false,
             }),
         })
     }
@@ -136,12 +143,15 @@ impl Vm {
 
     /// Whether something is under way with it.
     pub(super) fn is_busy(&self) -> bool {
-        self.lock().operation.is_some()
+        let inner = self.lock();
+        inner.operation.is_some() || inner.finishing
     }
 
     /// Whether that is under way with it.
     pub(super) fn is_busy_with(&self, kind: &str) -> bool {
-        self.lock().operation.as_ref().is_some_and(|under_way| under_way.kind == kind)
+        let inner = self.lock();
+        inner.operation.as_ref().is_some_and(|under_way| under_way.kind == kind)
+            || (inner.finishing && kind == "standby")
     }
 
     /// Waits until it is over, for `patience` at most.
@@ -227,16 +237,17 @@ impl Vm {
             }
             None => {}
         }
+        let pass = self.gate.enter()?;
         let (sender, outcome) = watch::channel(None);
         inner.operation = Some(Operation { kind, request, outcome: outcome.clone() });
         drop(inner);
-        let over = Over(self.clone());
+        let over = Over { vm: self.clone(), _pass: pass };
         let span = tracing::info_span!(parent: &self.span(), "operation", kind);
         traces::name_it(&span, kind);
         traces::tell(&span, "dormouse.vm.id", self.id.clone());
         tokio::task::spawn_blocking(move || {
             let inside = span.entered();
-            let result = work(&over.0);
+            let result = work(&over.vm);
             traces::outcome(&inside, &result);
             if let Err(failure) = &result {
                 tracing::warn!(code = failure.kind, %failure, "failed");
@@ -258,11 +269,34 @@ fn span_of(id: &str, name: &str) -> Span {
 }
 
 /// Ends the operation of a VM when dropped, by a panic too.
-struct Over(Arc<Vm>);
+struct Over {
+    vm: Arc<Vm>,
+    _pass: Pass,
+}
 
 impl Drop for Over {
     fn drop(&mut self) {
-        self.0.lock().operation = None;
+        self.vm.lock().operation = None;
+    }
+}
+
+/// A standby of a VM that was cut off is being finished, until this is dropped.
+pub(super) struct Finishing {
+    vm: Arc<Vm>,
+    /// None if the daemon ends: what is cut off then is the next one's to finish.
+    _pass: Option<Pass>,
+}
+
+impl Finishing {
+    pub(super) fn begin(vm: &Arc<Vm>) -> Self {
+        vm.lock().finishing = true;
+        Finishing { vm: vm.clone(), _pass: vm.gate.enter().ok() }
+    }
+}
+
+impl Drop for Finishing {
+    fn drop(&mut self) {
+        self.vm.lock().finishing = false;
     }
 }
 
@@ -284,7 +318,7 @@ mod tests {
     use super::*;
 
     fn vm() -> Arc<Vm> {
-        Vm::new("one", "snapshot", Origin::Found, Value::Null)
+        Vm::new("one", "snapshot", Origin::Found, Value::Null, Arc::default())
     }
 
     #[tokio::test]

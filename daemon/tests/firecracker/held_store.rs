@@ -5,7 +5,8 @@ use std::hash::{DefaultHasher, Hasher as _};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -20,6 +21,10 @@ pub(crate) enum Hold {
     BeforeItIsDone,
     /// It is done: the snapshot is durable. It is never answered.
     BeforeItIsAnswered,
+    /// It is done and its connection is closed; the store is away from then on.
+    ThenAway,
+    /// The same, and it is not done.
+    AwayBeforeItIsDone,
 }
 
 pub(crate) struct HeldStore {
@@ -32,6 +37,9 @@ struct Shared {
     read_delay: Duration,
     hold: Mutex<Hold>,
     held: AtomicUsize,
+    away: AtomicBool,
+    /// The reference whose next reading waits, and for what.
+    read: Mutex<Option<(String, Receiver<()>)>>,
 }
 
 impl HeldStore {
@@ -40,7 +48,8 @@ impl HeldStore {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (hold, held) = (Mutex::new(Hold::Nothing), AtomicUsize::new(0));
-        let shared = Arc::new(Shared { directory, read_delay, hold, held });
+        let (away, read) = (AtomicBool::new(false), Mutex::new(None));
+        let shared = Arc::new(Shared { directory, read_delay, hold, held, away, read });
         let serving = shared.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -55,9 +64,21 @@ impl HeldStore {
         *self.shared.hold.lock().unwrap() = hold;
     }
 
+    /// The next reading of the reference `name` waits until what this gives is dropped.
+    pub(crate) fn hold_reading(&self, name: &str) -> Sender<()> {
+        let (release, released) = channel();
+        *self.shared.read.lock().unwrap() = Some((format!("refs/{name}"), released));
+        release
+    }
+
+    /// It answers again.
+    pub(crate) fn come_back(&self) {
+        self.shared.away.store(false, Ordering::SeqCst);
+    }
+
     /// Waits until an answer has been held back, and holds none from then on.
     pub(crate) fn wait_held(&self) {
-        wait_until("the write of a reference", || self.shared.held.load(Ordering::SeqCst) > 0);
+        wait_until("an answer that is held back", || self.shared.held.load(Ordering::SeqCst) > 0);
         self.shared.held.store(0, Ordering::SeqCst);
     }
 }
@@ -114,6 +135,9 @@ impl Shared {
 
     fn answer(&self, stream: &TcpStream) -> Option<()> {
         let request = request(stream)?;
+        if self.away.load(Ordering::SeqCst) {
+            return None;
+        }
         let key = request.path.strip_prefix("/bucket/store/").unwrap_or_default();
         let file = self.directory.join(key);
         let (status, extra, body) = match request.method.as_str() {
@@ -122,11 +146,17 @@ impl Shared {
                 let of_reference = key.contains("refs/");
                 let held =
                     if of_reference { std::mem::replace(&mut *hold, Hold::Nothing) } else { Hold::Nothing };
-                let status = if held == Hold::BeforeItIsDone { "" } else { put(&file, &request) };
+                let done = !matches!(held, Hold::BeforeItIsDone | Hold::AwayBeforeItIsDone);
+                let status = if done { put(&file, &request) } else { "" };
                 // Others go on.
                 drop(hold);
-                if held != Hold::Nothing {
-                    return self.never();
+                match held {
+                    Hold::Nothing => {}
+                    Hold::BeforeItIsDone | Hold::BeforeItIsAnswered => return self.never(),
+                    Hold::ThenAway | Hold::AwayBeforeItIsDone => {
+                        self.away.store(true, Ordering::SeqCst);
+                        return None;
+                    }
                 }
                 (status, format!("ETag: {}\r\n", etag(&request.body)), Vec::new())
             }
@@ -137,6 +167,7 @@ impl Shared {
             _ if request.query.contains("list-type") => ("200 OK", String::new(), self.list(&request.query)),
             _ => {
                 std::thread::sleep(self.read_delay);
+                self.wait_to_read(key);
                 read(&file, &request)
             }
         };
@@ -149,6 +180,14 @@ impl Shared {
             stream.write_all(&body).ok()?;
         }
         Some(())
+    }
+
+    fn wait_to_read(&self, key: &str) {
+        let mut read = self.read.lock().unwrap();
+        let Some((_, released)) = read.take_if(|(name, _)| key.ends_with(name.as_str())) else { return };
+        drop(read);
+        self.held.fetch_add(1, Ordering::SeqCst);
+        let _ = released.recv();
     }
 
     /// The connection stays open, and nothing is said.

@@ -10,21 +10,21 @@ use crate::serve_uffd::parked;
 use crate::served::{Mortal, Served, is_there, request};
 use crate::slow_s3::use_store;
 
-fn start(scene: &Scene, store: &HeldStore) -> Served {
+pub(crate) fn start(scene: &Scene, store: &HeldStore) -> Served {
     Served::start_with(scene, &[], |command| use_store(command, &store.address))
 }
 
-fn api(vm: &Value) -> dormouse_vmm_glue::firecracker::ApiClient {
+pub(crate) fn api(vm: &Value) -> dormouse_vmm_glue::firecracker::ApiClient {
     let socket = vm["api_socket"].as_str().unwrap();
     dormouse_vmm_glue::firecracker::ApiClient::new(socket.as_ref(), PATIENCE)
 }
 
-fn state(vm: &Value) -> Value {
+pub(crate) fn state(vm: &Value) -> Value {
     api(vm).get("/").unwrap()["state"].clone()
 }
 
 /// Begins to put `one` on standby as `later`, and kills the daemon when the write of the reference is held back.
-fn kill_in_standby(scene: &Scene, store: &HeldStore, hold: Hold) -> (Value, Console) {
+pub(crate) fn kill_in_standby(scene: &Scene, store: &HeldStore, hold: Hold) -> (Value, Console) {
     let daemon = start(scene, store);
     let (vm, console) = daemon.wake(scene, "one", json!({"prefetch": false}));
     console.wait_for(".", 1);

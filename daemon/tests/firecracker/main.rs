@@ -5,12 +5,14 @@
 
 mod balloon;
 mod collector;
+mod cut_off;
 mod failures;
 mod generations;
 mod held_store;
 mod hostile;
 mod huge_pages;
 mod huge_stream;
+mod in_doubt;
 mod interrupted;
 mod jail;
 mod not_ours;
@@ -24,4 +26,5 @@ mod slow_s3;
 mod slow_store;
 mod survival;
 mod traces;
+mod two_standbys;
 mod working_set;

@@ -83,7 +83,10 @@ impl Sleep {
     /// those are known.
     ///
     /// # Errors
-    /// [`SleepError`]; nothing then refers to what was stored.
+    /// [`SleepError`]; nothing then refers to what was stored. Unless it is [`StoreError::InDoubt`]: then the name may stand
+    /// for it, and the machine must not run on before that is known.
+    ///
+    /// [`StoreError::InDoubt`]: dormouse_chunkstore::StoreError::InDoubt
     pub fn store(mut self, store: &Store, memory: &GuestMemoryMmap) -> Result<ImportReport, SleepError> {
         let dirty_pages = self.dirty.as_deref().map(|runs| image_ranges(memory, runs)).transpose()?;
         let image = ImageFile::of(memory, dirty_pages.as_deref())?;

@@ -47,9 +47,24 @@ pub enum CaptureError {
     /// Memory for the snapshot could not be had.
     #[error("no memory file could be made for the snapshot: {0}")]
     Scratch(#[from] io::Error),
+    /// The guest ran before, and stands still now or may: it could not be told to go on.
+    #[error("{why}; the guest stands still, or may: it could not be told to go on ({resume}); ask again")]
+    StandsStill {
+        /// Why nothing was captured, or what was.
+        why: String,
+        /// What it answered when told to go on.
+        resume: ApiError,
+    },
     /// It answered that the snapshot is there, but it is not.
     #[error("Firecracker says it has written the snapshot, but {0} is empty")]
     Empty(&'static str),
+}
+
+impl CaptureError {
+    /// Whether a guest that ran before stands still, or may.
+    pub fn stands_still(&self) -> bool {
+        matches!(self, CaptureError::StandsStill { .. })
+    }
 }
 
 /// Whether the guest runs (or could), as `GET /` has it.
@@ -75,44 +90,55 @@ pub fn tracks_dirty_pages(api: &ApiClient) -> Result<bool, CaptureError> {
 }
 
 /// Pauses the guest, takes a snapshot, and lets a guest that ran before go on if `resume`. For a jailed Firecracker
-/// the files are made in its `jail`.
+/// the files are made in its `jail`. A guest that is paused may have `ran_before` all the same: paused by a standby
+/// that was killed.
 ///
 /// # Errors
-/// [`CaptureError`]. The guest runs then if it ran before, as far as Firecracker lets it. Which pages
+/// [`CaptureError`]. Unless it is [`CaptureError::StandsStill`] the guest runs then if it ran before. Which pages
 /// Firecracker takes for dirty may have changed: what comes next must be a full snapshot.
 pub fn capture(
     api: &ApiClient,
     kind: SnapshotKind,
+    ran_before: bool,
+    resume: bool,
+    jail: Option<&Jail>,
+) -> Result<Capture, CaptureError> {
+    let mut was_running = ran_before;
+    let captured = try_capture(api, kind, &mut was_running, resume, jail);
+    captured.map_err(|error| match was_running.then(|| api.resume()) {
+        Some(Err(resume)) => CaptureError::StandsStill { why: error.to_string(), resume },
+        _ => error,
+    })
+}
+
+fn try_capture(
+    api: &ApiClient,
+    kind: SnapshotKind,
+    was_running: &mut bool,
     resume: bool,
     jail: Option<&Jail>,
 ) -> Result<Capture, CaptureError> {
     let file = |name| jail.map_or_else(|| MemFile::new(name), |jail| jail.file(name));
     let (memory, state) = (file("dormouse-memory")?, file("dormouse-vmstate")?);
-    let was_running = is_running(api)?;
+    let is_running = is_running(api)?;
+    *was_running |= is_running;
     let mut times = CaptureTimes::default();
     let begun = Instant::now();
-    if was_running {
+    if is_running {
         api.pause()?;
     }
     times.pause = begun.elapsed();
     let writing = Instant::now();
-    let written =
-        api.create_snapshot(kind, &state.path_for_vmm(), &memory.path_for_vmm()).map_err(CaptureError::from);
-    let checked = written.and_then(|()| check(&memory, &state));
+    api.create_snapshot(kind, &state.path_for_vmm(), &memory.path_for_vmm())?;
+    check(&memory, &state)?;
     times.snapshot = writing.elapsed();
-    if let Err(error) = checked {
-        if was_running {
-            api.resume()?;
-        }
-        return Err(error);
-    }
-    if resume && was_running {
+    if resume && *was_running {
         let resuming = Instant::now();
         api.resume()?;
         times.resume = resuming.elapsed();
     }
     times.paused = begun.elapsed();
-    Ok(Capture { kind, memory, state, was_running, times })
+    Ok(Capture { kind, memory, state, was_running: *was_running, times })
 }
 
 fn check(memory: &MemFile, state: &MemFile) -> Result<(), CaptureError> {

@@ -10,6 +10,7 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use dormouse_chunkstore::{Store, StoreError};
 use dormouse_core::Name;
@@ -124,23 +125,42 @@ pub struct StandbyUnderWay {
 }
 
 impl Tracking {
-    /// Notes that a standby of `process` begins.
+    /// Notes that a standby of `process` begins: until that is over it is the only one. If an earlier one was left
+    /// behind, that is what stays noted, and it is given as well: it is to be judged first.
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`]: another one is under way. Or it cannot be noted.
-    pub fn begin_standby(&self, process: &VmmProcess, note: &StandbyNote) -> io::Result<StandbyUnderWay> {
+    pub fn begin_standby(
+        &self,
+        process: &VmmProcess,
+        note: &StandbyNote,
+    ) -> io::Result<(StandbyUnderWay, Option<StandbyNote>)> {
         let path = self.standby_path(process).ok_or_else(|| io::Error::other("the process has ended"))?;
-        // Whoever holds the note that is there is at work; one that nobody holds is replaced.
-        let before = hold(&path)?;
-        let held = write(&path, note)?;
-        drop(before);
-        Ok(StandbyUnderWay { path, held })
+        // Whoever holds the note that is there is at work.
+        let Some(left) = hold(&path)? else {
+            let held = begin(&path, note)?;
+            return Ok((StandbyUnderWay { path, held }, None));
+        };
+        match read(&path, &left) {
+            Some(earlier) => Ok((StandbyUnderWay { path, held: left }, Some(earlier))),
+            // One of nonsense is replaced.
+            None => {
+                let held = replace(&path, note)?;
+                drop(left);
+                Ok((StandbyUnderWay { path, held }, None))
+            }
+        }
     }
 
     /// The standby of `process` that was left behind, if there is one: its process was killed. Whoever takes it is the
     /// one to finish it.
     pub fn standby_left(&self, process: &VmmProcess) -> Option<(StandbyUnderWay, StandbyNote)> {
         take(self.standby_path(process)?)
+    }
+
+    /// Whether a standby of `process` is noted, under way or left behind.
+    pub fn standby_is_noted(&self, process: &VmmProcess) -> bool {
+        self.standby_path(process).is_some_and(|path| path.exists())
     }
 
     /// All that were left behind on this host, except those that cannot be read.
@@ -162,7 +182,7 @@ impl StandbyUnderWay {
     /// # Errors
     /// What was noted before still is.
     pub fn note(&mut self, note: &StandbyNote) -> io::Result<()> {
-        self.held = write(&self.path, note)?;
+        self.held = replace(&self.path, note)?;
         Ok(())
     }
 
@@ -179,15 +199,35 @@ impl StandbyUnderWay {
     }
 }
 
-/// Writes a note, whole or not at all, and holds it: at no time is there one that nobody holds.
-fn write(path: &Path, note: &StandbyNote) -> io::Result<File> {
-    let unfinished = path.with_extension(format!("standby-{}", std::process::id()));
+/// Writes a note where there is none. Of several who found none, one does.
+fn begin(path: &Path, note: &StandbyNote) -> io::Result<File> {
+    let (unfinished, held) = write(path, note)?;
+    let begun = fs::hard_link(&unfinished, path);
+    fs::remove_file(&unfinished)?;
+    match begun {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(io::ErrorKind::WouldBlock.into()),
+        begun => begun.map(|()| held),
+    }
+}
+
+/// Writes a note in place of the one that this process holds, whole or not at all.
+fn replace(path: &Path, note: &StandbyNote) -> io::Result<File> {
+    let (unfinished, held) = write(path, note)?;
+    fs::rename(unfinished, path)?;
+    Ok(held)
+}
+
+/// Writes a note beside `path`, and holds it: at no time is there one that nobody holds.
+fn write(path: &Path, note: &StandbyNote) -> io::Result<(PathBuf, File)> {
+    /// Notes this process wrote: its threads may begin the same standby.
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
+    let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let unfinished = path.with_extension(format!("standby-{}-{number}", std::process::id()));
     let mut file = File::create(&unfinished)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
     file.try_lock().map_err(io::Error::from)?;
     file.write_all(&serde_json::to_vec(note)?)?;
-    fs::rename(unfinished, path)?;
-    Ok(file)
+    Ok((unfinished, file))
 }
 
 /// Holds the note at `path`, if there is one.
@@ -210,11 +250,17 @@ fn hold(path: &Path) -> io::Result<Option<File>> {
 
 fn take(path: PathBuf) -> Option<(StandbyUnderWay, StandbyNote)> {
     let held = hold(&path).ok()??;
+    let note = read(&path, &held)?;
+    Some((StandbyUnderWay { path, held }, note))
+}
+
+/// The note that is `held`; none if it makes no sense.
+fn read(path: &Path, held: &File) -> Option<StandbyNote> {
     if held.metadata().ok()?.len() > NOTE_BYTES_MAX {
         return None;
     }
-    let note: StandbyNote = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
-    (note.version == VERSION).then_some((StandbyUnderWay { path, held }, note))
+    let note: StandbyNote = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    (note.version == VERSION).then_some(note)
 }
 
 #[cfg(test)]

@@ -27,7 +27,8 @@ fn a_standby_is_left_behind_only_once_nobody_does_it() {
     let host = host();
     let (tracking, process) = (&host.tracking, &host.process);
     assert!(tracking.standby_left(process).is_none());
-    let mut under_way = tracking.begin_standby(process, &note("one")).expect("begun");
+    let (mut under_way, earlier) = tracking.begin_standby(process, &note("one")).expect("begun");
+    assert!(earlier.is_none());
     // Held by a descriptor of this process, as by another process.
     assert!(tracking.standby_left(process).is_none());
     let busy = tracking.begin_standby(process, &note("two")).expect_err("under way");
@@ -42,6 +43,11 @@ fn a_standby_is_left_behind_only_once_nobody_does_it() {
     assert_eq!(left.name, "still-one");
     assert!(tracking.standby_left(process).is_none(), "one finishes it");
     drop(taken);
+    // Whoever begins another one learns of it, and it stays noted until then.
+    let (begun, earlier) = tracking.begin_standby(process, &note("next")).expect("begun");
+    assert_eq!(earlier.expect("left behind").name, "still-one");
+    drop(begun);
+    assert_eq!(tracking.standby_left(process).expect("left behind").1.name, "still-one");
     let mut all = tracking.all_standbys_left();
     assert_eq!(all.len(), 1);
     all.remove(0).0.done();
@@ -58,6 +64,21 @@ fn a_note_of_nonsense_or_of_another_version_is_none() {
         assert!(host.tracking.standby_left(&host.process).is_none());
     }
     // It is in nobody's way.
-    host.tracking.begin_standby(&host.process, &note("one")).expect("begun").done();
+    host.tracking.begin_standby(&host.process, &note("one")).expect("begun").0.done();
     assert!(!path.exists());
+}
+
+/// Each had looked, and put its own in the place of the other's.
+#[test]
+fn of_two_that_find_no_note_one_begins() {
+    let host = host();
+    let path = host.tracking.standby_path(&host.process).expect("path");
+    assert!(hold(&path).expect("none").is_none() && hold(&path).expect("none").is_none());
+    let first = begin(&path, &note("one")).expect("begun");
+    let second = begin(&path, &note("two")).expect_err("the other's");
+    assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
+    assert!(host.tracking.standby_left(&host.process).is_none(), "the first holds it");
+    drop(first);
+    assert_eq!(host.tracking.standby_left(&host.process).expect("left behind").1.name, "one");
+    assert_eq!(fs::read_dir(host.directory.path()).expect("list").count(), 1);
 }

@@ -8,7 +8,9 @@ use std::{
 };
 
 use clap::Args;
-use dormouse_chunkstore::{DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Store, StreamReport};
+use dormouse_chunkstore::{
+    BlobBytes, DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Store, StoreError, StreamReport,
+};
 use dormouse_core::{ImageKind, Name};
 use dormouse_vmm_glue::{
     cloud_hypervisor::{Received, VmmApi, VmmApiError, receive},
@@ -34,6 +36,8 @@ use crate::{
 const END_PATIENCE: Duration = Duration::from_secs(30);
 /// Waits are cut into pieces of this length, to look whether Cloud Hypervisor has refused meanwhile.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Between two tries to learn whether a snapshot is durable.
+const TRY_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 pub(crate) struct StandbyArgs {
@@ -258,7 +262,11 @@ fn store_vm(
     received: Received,
     context: &Context,
 ) -> Result<(ImportReport, Received), Failure> {
-    let report = import(args, store, &received, context);
+    let request = request(args, &received);
+    let report = request.and_then(|request| match store.import(&request, &context.progress("storing")) {
+        Err(doubt @ StoreError::InDoubt { .. }) => resolve(&request, store, doubt),
+        imported => Ok(imported?),
+    });
     match report {
         Ok(report) => Ok((report, received)),
         Err(failure) => {
@@ -276,12 +284,45 @@ fn store_vm(
     }
 }
 
-fn import(
-    args: &StandbyArgs,
-    store: &Store,
-    received: &Received,
-    context: &Context,
-) -> Result<ImportReport, Failure> {
+/// The VM stands still for as long as its connection is not answered, so whoever asked waits, until the store says
+/// whether the snapshot is durable after all: let go on before, there might be two of one machine.
+fn resolve(request: &ImportRequest, store: &Store, doubt: StoreError) -> Result<ImportReport, Failure> {
+    loop {
+        match stored_as(request, store) {
+            Ok(Some(snapshot)) => {
+                let name = request.name.to_string();
+                return Ok(ImportReport { name, snapshot, ..ImportReport::default() });
+            }
+            Ok(None) => return Err(doubt.into()),
+            Err(error) => {
+                tracing::warn!(%error, "it is not known whether the snapshot is stored; the VM stands still until it is");
+                thread::sleep(TRY_INTERVAL);
+            }
+        }
+    }
+}
+
+/// The id of the snapshot that the name stands for, if that has the very device state of `request`: no two instants of a
+/// machine have the same.
+fn stored_as(request: &ImportRequest, store: &Store) -> Result<Option<String>, StoreError> {
+    let snapshot = match store.open_snapshot(&request.name) {
+        Err(StoreError::NoSuchSnapshot { .. }) => return Ok(None),
+        opened => opened?,
+    };
+    for blob in &request.blobs {
+        let BlobBytes::Memory(bytes) = &blob.bytes else { continue };
+        let stored = match snapshot.read_blob(blob.id.as_str()) {
+            Err(StoreError::NoSuchPart { .. }) => return Ok(None),
+            read => read?,
+        };
+        if stored != *bytes {
+            return Ok(None);
+        }
+    }
+    Ok(Some(snapshot.reference().snapshot.to_string()))
+}
+
+fn request(args: &StandbyArgs, received: &Received) -> Result<ImportRequest, Failure> {
     let (memory, blobs) = received.parts().map_err(|e| Failure::new("vmm", e.to_string()))?;
     let disks = args.disk.iter().map(|disk| ImageSource {
         id: disk.id.clone(),
@@ -289,15 +330,14 @@ fn import(
         path: disk.file.clone(),
         dirty: None,
     });
-    let request = ImportRequest {
+    Ok(ImportRequest {
         parent: args.parent.clone(),
         images: memory.into_iter().chain(disks).collect(),
         blobs,
         level: args.level,
         replace: args.replace,
         ..ImportRequest::new(args.name.clone())
-    };
-    Ok(store.import(&request, &context.progress("storing"))?)
+    })
 }
 
 fn print_text(out: &mut dyn Write, d: &Document) -> io::Result<()> {
