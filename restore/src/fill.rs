@@ -112,14 +112,14 @@ impl Core {
 
     /// Installs on cells this thread has claimed.
     fn fill_claimed(&self, span: Span, bytes: Bytes<'_>, cell_bytes: u64) -> Result<u64, RestoreError> {
-        let (mut at, mut installed, mut tries) = (0, 0, 0u32);
+        let (mut at, mut installed, mut tries, mut most) = (0, 0, 0u32, span.cells());
         while at < span.cells() {
             let inside = self.gate.enter();
             // Cells removed since they were claimed stay out.
             let left = span.part(at, u64::MAX);
             let Some(skip) = self.table.find(left, |s| s == PageState::Copying) else { break };
             let left = left.part(skip, u64::MAX);
-            let run = self.table.find(left, |s| s != PageState::Copying).unwrap_or(left.cells());
+            let run = self.table.find(left, |s| s != PageState::Copying).unwrap_or(left.cells()).min(most);
             let now = left.part(0, run);
             at += skip;
             let outcome = match bytes.part(at, run, cell_bytes) {
@@ -139,7 +139,7 @@ impl Core {
             }
             drop(inside);
             match outcome {
-                Outcome::Done => {}
+                Outcome::Done => most = most.saturating_mul(2),
                 Outcome::Partial(_) => self.counters.partial.add(1),
                 Outcome::AlreadyThere => {
                     self.counters.exists.add(1);
@@ -147,6 +147,9 @@ impl Core {
                     self.installer.wake(now.part(0, 1));
                     at += 1;
                 }
+                // Only a single cell without a mapping is gone: more of them may lie in several mappings, since a VMM that
+                // changes a part of guest memory, such as its protection, splits it for the kernel.
+                Outcome::RegionGone if run > 1 => most = run / 2,
                 other => {
                     tries += 1;
                     if let Err(error) = self.again(other, now, tries) {
@@ -171,13 +174,14 @@ impl Core {
     pub(crate) fn fill_removed(&self, cell: Span) -> Result<(), RestoreError> {
         let behind = self.plan.from(cell, self.policy.zero_step_pages / (self.cell_bytes(cell) / 4096));
         let run = self.table.find(behind, |s| s != PageState::Removed).unwrap_or(behind.cells());
-        let (mut at, mut tries) = (0, 0);
+        let (mut at, mut tries, mut most) = (0, 0, run);
         while at < run {
-            let left = behind.part(at, run - at);
+            let left = behind.part(at, (run - at).min(most));
             match self.installer.zero(left) {
                 Outcome::Done => {
                     self.counters.zero_pages.add(left.cells());
-                    break;
+                    at += left.cells();
+                    most = most.saturating_mul(2);
                 }
                 Outcome::Partial(n) => {
                     self.counters.zero_pages.add(n);
@@ -188,6 +192,8 @@ impl Core {
                     self.installer.wake(left.part(0, 1));
                     at += 1;
                 }
+                // As in `fill_claimed`.
+                Outcome::RegionGone if left.cells() > 1 => most = left.cells() / 2,
                 other => {
                     tries += 1;
                     self.again(other, left, tries)?;
