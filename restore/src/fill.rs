@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use dormouse_core::page::PageIndex;
 
-use crate::core::Core;
+use crate::core::{Core, lock};
 use crate::error::RestoreError;
 use crate::outcome::Outcome;
 use crate::plan::Span;
-use crate::state::{PageEvent, PageState};
+use crate::state::{Action, PageEvent, PageState};
 use crate::sys::staging::Staging;
 
 /// Retries of an install for lack of host memory before it counts as refused: about 20 s.
@@ -42,6 +42,30 @@ impl Core {
     /// Installs `bytes` on those cells of `span` that are absent; how many were. Cells that others install
     /// at the same time, or that were installed or removed before, are left alone.
     pub(crate) fn fill(&self, span: Span, bytes: Bytes<'_>) -> Result<u64, RestoreError> {
+        self.fill_or(span, bytes, PageEvent::Released)
+    }
+
+    /// [`fill`](Self::fill) for a vCPU that waits for `cell` of `span`. That a neighbour is refused is none of its
+    /// business; if `cell` is, alone, the caller has to say so, and the vCPU waits on.
+    pub(crate) fn fill_for(&self, cell: Span, span: Span, bytes: Bytes<'_>) -> Result<u64, RestoreError> {
+        let refused =
+            |e: &RestoreError| matches!(e, RestoreError::Install { .. } | RestoreError::RegionGone { .. });
+        if span.cells() > 1 {
+            match self.fill(span, bytes) {
+                Err(error) if refused(&error) => {
+                    tracing::debug!(%error, "only the page waited for is tried again")
+                }
+                done => return done,
+            }
+        }
+        match bytes.part(cell.first().0 - span.first().0, 1, self.cell_bytes(cell)) {
+            Some(bytes) => self.fill_or(cell, bytes, PageEvent::Withheld),
+            None => Err(self.refused(cell, libc::EINVAL)),
+        }
+    }
+
+    /// [`fill`](Self::fill), with what becomes of cells that are refused.
+    fn fill_or(&self, span: Span, bytes: Bytes<'_>, or: PageEvent) -> Result<u64, RestoreError> {
         let cell_bytes = self.cell_bytes(span);
         let step = (self.step_pages() * 4096 / cell_bytes).max(1);
         let (mut at, mut installed) = (0, 0);
@@ -53,9 +77,11 @@ impl Core {
             }
             at += skipped;
             match bytes.part(at, claimed, cell_bytes) {
-                Some(bytes) => installed += self.fill_claimed(span.part(at, claimed), bytes, cell_bytes)?,
+                Some(bytes) => {
+                    installed += self.fill_claimed(span.part(at, claimed), bytes, cell_bytes, or)?
+                }
                 None => {
-                    self.release(span.part(at, claimed));
+                    self.release(span.part(at, claimed), or);
                     return Err(self.refused(span.part(at, claimed), libc::EINVAL));
                 }
             }
@@ -88,7 +114,7 @@ impl Core {
                     }
                     _ => 0,
                 };
-                self.table.apply_all(span.part(0, moved), PageEvent::Copied, crate::state::Action::None);
+                self.table.apply_all(span.part(0, moved), PageEvent::Copied, Action::None);
                 self.counters.moved_pages.add(moved);
                 self.counters.pages_copied.add(moved);
             }
@@ -98,7 +124,7 @@ impl Core {
         let cell_bytes = self.cell_bytes(span);
         let claimed = span.part(skipped + moved, claimed - moved);
         if let Some(bytes) = Bytes::Of(block.bytes()).part(skipped + moved, claimed.cells(), cell_bytes) {
-            installed += self.fill_claimed(claimed, bytes, cell_bytes)?;
+            installed += self.fill_claimed(claimed, bytes, cell_bytes, PageEvent::Released)?;
         }
         if moved < span.cells() {
             let left = span.part(moved, u64::MAX);
@@ -111,7 +137,13 @@ impl Core {
     }
 
     /// Installs on cells this thread has claimed.
-    fn fill_claimed(&self, span: Span, bytes: Bytes<'_>, cell_bytes: u64) -> Result<u64, RestoreError> {
+    fn fill_claimed(
+        &self,
+        span: Span,
+        bytes: Bytes<'_>,
+        cell_bytes: u64,
+        or: PageEvent,
+    ) -> Result<u64, RestoreError> {
         let (mut at, mut installed, mut tries, mut most) = (0, 0, 0u32, span.cells());
         while at < span.cells() {
             let inside = self.gate.enter();
@@ -133,7 +165,7 @@ impl Core {
                 _ => 0,
             };
             if done > 0 {
-                self.table.apply_all(now.part(0, done), PageEvent::Copied, crate::state::Action::None);
+                self.table.apply_all(now.part(0, done), PageEvent::Copied, Action::None);
                 self.counted(bytes, done);
                 (at, installed, tries) = (at + done, installed + done, 0);
             }
@@ -153,7 +185,7 @@ impl Core {
                 other => {
                     tries += 1;
                     if let Err(error) = self.again(other, now, tries) {
-                        self.release(span.part(at, u64::MAX));
+                        self.release(span.part(at, u64::MAX), or);
                         return Err(error);
                     }
                 }
@@ -237,9 +269,25 @@ impl Core {
         RestoreError::Install { page, error: std::io::Error::from_raw_os_error(errno) }
     }
 
-    /// Gives claims back: the cells count as awaited, since someone may have come to wait meanwhile.
-    fn release(&self, span: Span) {
-        self.table.apply_all(span, PageEvent::Released, crate::state::Action::None);
+    /// Gives claims back, as released or withheld. Of released cells, whoever came to wait meanwhile is woken, so as to
+    /// fault again; but for those withheld before, and only those.
+    fn release(&self, span: Span, how: PageEvent) {
+        let mut to_wake = Vec::new();
+        let mut withheld = lock(&self.withheld);
+        for offset in 0..span.cells() {
+            let cell = span.part(offset, 1).first();
+            if how == PageEvent::Withheld {
+                withheld.insert(cell);
+            }
+            let how = if withheld.contains(&cell) { PageEvent::Withheld } else { how };
+            if self.table.apply(cell, how) == Action::Wake {
+                to_wake.push(offset);
+            }
+        }
+        drop(withheld);
+        for run in to_wake.chunk_by(|a, b| a + 1 == *b) {
+            self.installer.wake(span.part(run[0], run.len() as u64));
+        }
     }
 
     /// Bytes in one cell of `span`'s region.

@@ -163,7 +163,10 @@ impl Core {
             let (first, end) = (extent.first.0.max(block), extent.end().min(block + step));
             span = self.plan.clip(wanted.region(), first, end).unwrap_or(wanted);
         }
-        let done = self.fill(span, Bytes::Zero);
+        let done = match since {
+            Some(_) => self.fill_for(wanted, span, Bytes::Zero),
+            None => self.fill(span, Bytes::Zero),
+        };
         self.filled(done, since);
         if since.is_some()
             && let Some(run) = self.plan.pages_of(wanted.first())
@@ -227,7 +230,10 @@ impl Core {
         });
         match bytes {
             Some(bytes) => {
-                let done = self.fill(span, Bytes::Of(&bytes));
+                let done = match since {
+                    Some(_) => self.fill_for(wanted, span, Bytes::Of(&bytes)),
+                    None => self.fill(span, Bytes::Of(&bytes)),
+                };
                 self.filled(done, since);
             }
             None => {
@@ -246,12 +252,21 @@ impl Core {
             return;
         }
         let gathered = self.gather(cell);
+        let mut left = false;
         if let Ok(bytes) = &gathered {
-            let done = self.fill(cell, bytes.as_deref().map_or(Bytes::Zero, Bytes::Of));
+            let bytes = bytes.as_deref().map_or(Bytes::Zero, Bytes::Of);
+            let done = match since {
+                Some(_) => self.fill_for(cell, cell, bytes),
+                None => self.fill(cell, bytes),
+            };
+            left = since.is_none() && done.is_err();
             self.filled(done, since);
         }
         // First out of the set, then look who waits: a fault that found it in the set was left to us.
         self.huge_under_way.end(cell.first());
+        if left && self.awaited_page(cell).is_some() {
+            self.queue.demand(cell, Instant::now());
+        }
         if let Err(error) = gathered {
             if let Some(run) = self.plan.pages_of(cell.first()) {
                 self.fill_failed(run.first, &error);

@@ -4,16 +4,17 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
-use common::scripted::{counted_kill, scripted};
+use common::scripted::{Ask, counted_kill, scripted};
 use common::{TestImage, own, uffd_or_skip, until, verify};
 use dormouse_core::page::PageIndex;
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::plan::Span;
 use dormouse_restore::state::PageState;
-use dormouse_restore::{Mapping, PageSize, Policy, Restore};
+use dormouse_restore::{Mapping, PageSize, Policy, Restore, RestoreError, Uffd, UffdOptions, VmStopped};
 
 fn settled(handle: &dormouse_restore::RestoreHandle, mut pages: std::ops::Range<u64>) -> bool {
     pages.all(|page| handle.page_state(PageIndex(page)).unwrap().is_settled())
@@ -85,4 +86,96 @@ fn a_region_that_the_vmm_split_is_filled_and_let_go() {
     let counts = handle.detach().unwrap();
     assert_eq!(counts.pages_copied, 1024 - 8);
     (0..295).chain(303..1024).for_each(|p| verify(&image, &mapping, p));
+}
+
+/// A stream's install fails for once. The pages it had claimed counted as on their way, and whoever touched one later
+/// waited for ever.
+#[test]
+fn pages_of_an_install_that_failed_come_when_they_are_touched() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let failed = AtomicBool::new(false);
+    let once = move |ask, at: Span| {
+        let first = ask == Ask::Copy && at.cells() > 1 && !failed.swap(true, Ordering::SeqCst);
+        first.then_some(Outcome::Refused(libc::EIO))
+    };
+    let handle = Restore::start_with(plan, memory, Policy::default(), scripted(once)).unwrap();
+    let refused = handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap_err();
+    assert!(matches!(refused, RestoreError::Install { page: PageIndex(0), .. }), "{refused}");
+    let reader = read(&image, &mapping, 3);
+    until("page 3", || reader.is_finished());
+    reader.join().unwrap();
+    assert!(handle.failures().is_empty(), "nobody waited for what failed");
+    handle.detach().unwrap();
+}
+
+/// As above, and a vCPU came to wait while the install that then failed was under way.
+#[test]
+fn a_fault_during_an_install_that_fails_is_answered() {
+    if uffd_or_skip().is_none() {
+        return;
+    }
+    // With reports of removals, faults are not read during an install.
+    let uffd = Uffd::create(UffdOptions { remove_events: false, ..UffdOptions::default() }).unwrap();
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (asked, is_asked) = mpsc::channel();
+    let (go, may_go) = mpsc::channel::<()>();
+    let first = std::sync::Mutex::new(Some((asked, may_go)));
+    let once = move |ask, at: Span| {
+        let (asked, may_go) = first.lock().unwrap().take_if(|_| ask == Ask::Copy && at.cells() > 1)?;
+        asked.send(()).unwrap();
+        may_go.recv_timeout(Duration::from_secs(60)).unwrap();
+        Some(Outcome::Refused(libc::EIO))
+    };
+    let handle = Restore::start_with(plan, memory, Policy::default(), scripted(once)).unwrap();
+    let installer = handle.installer();
+    let bytes = image.bytes(0, 64);
+    let stream = std::thread::spawn(move || installer.install_run(PageIndex(0), &bytes));
+    is_asked.recv().unwrap();
+    let reader = read(&image, &mapping, 3);
+    until("the fault", || handle.counters().faults > 0);
+    go.send(()).unwrap();
+    stream.join().unwrap().unwrap_err();
+    until("page 3", || reader.is_finished());
+    reader.join().unwrap();
+    handle.detach().unwrap();
+}
+
+/// Pages that no try installs are told and waited for, each of them; nobody is woken just to fault again.
+#[test]
+fn faults_whose_installs_are_refused_are_held_and_do_not_go_round_in_circles() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let mended = Arc::new(AtomicBool::new(false));
+    let is_mended = mended.clone();
+    let refusing = move |ask, at: Span| {
+        let bad = at.first_in_region()..at.first_in_region() + at.cells();
+        let refused = !is_mended.load(Ordering::SeqCst) && [3, 7].iter().any(|page| bad.contains(page));
+        (ask == Ask::Copy && refused).then_some(Outcome::Refused(libc::EIO))
+    };
+    let handle = Restore::start_with(plan, memory, Policy::default(), scripted(refusing)).unwrap();
+    let readers = [3, 7].map(|page| read(&image, &mapping, page));
+    let told = |page| {
+        let is = |e: &Arc<RestoreError>| matches!(**e, RestoreError::Install { page: PageIndex(p), .. } if p == page);
+        handle.failures().iter().any(is)
+    };
+    until("both failures", || told(3) && told(7));
+    // Their neighbours come all the same, and do not set them going again.
+    for page in [4, 5, 6, 8, 40] {
+        let reader = read(&image, &mapping, page);
+        until("a neighbour", || reader.is_finished());
+        reader.join().unwrap();
+    }
+    for page in [3, 7] {
+        assert_eq!(handle.page_state(PageIndex(page)), Some(PageState::Awaited));
+    }
+    let counts = handle.counters();
+    assert!(counts.faults < 20, "{counts:?}");
+    mended.store(true, Ordering::SeqCst);
+    handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap();
+    readers.into_iter().for_each(|reader| reader.join().unwrap());
+    handle.stop(VmStopped::attest());
 }
