@@ -24,6 +24,9 @@ impl Core {
             }
             let Some(run) = self.plan.pages_of(cell.first()) else { continue };
             self.note(RestoreError::Page { page: run.first, error: error.clone() });
+            if !matches!(self.policy.fail_closed, FailClosed::Poison { .. }) {
+                self.fill_failed(run.first, error);
+            }
             match &self.policy.fail_closed {
                 FailClosed::Hold => {}
                 FailClosed::Kill(kill) => {
@@ -113,6 +116,11 @@ impl Core {
             tracing::error!(%error, "ending the VM");
             kill(error);
         }
+    }
+
+    /// Remembers for whoever waits for a fill that nobody is on the way to some pages of it.
+    pub(crate) fn unfilled(&self, error: Arc<RestoreError>) {
+        lock(&self.fill_failure).get_or_insert(error);
     }
 
     /// Remembers an error for the owner. Of a VM that fails at every page only the first are told, or it would fill the

@@ -1,5 +1,6 @@
 //! Installs runs of pages: claims what is absent, and acts on each of the kernel's answers.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -81,8 +82,9 @@ impl Core {
                     installed += self.fill_claimed(span.part(at, claimed), bytes, cell_bytes, or)?
                 }
                 None => {
-                    self.release(span.part(at, claimed), or);
-                    return Err(self.refused(span.part(at, claimed), libc::EINVAL));
+                    let error = self.refused(span.part(at, claimed), libc::EINVAL);
+                    self.release(span.part(at, claimed), or, &error);
+                    return Err(error);
                 }
             }
             at += claimed;
@@ -183,9 +185,12 @@ impl Core {
                 // changes a part of guest memory, such as its protection, splits it for the kernel.
                 Outcome::RegionGone if run > 1 => most = run / 2,
                 other => {
-                    tries += 1;
+                    // A fill that was told to have failed need not wait for memory page by page.
+                    let hopeless = or == PageEvent::Released && self.is_short_of_memory();
+                    tries =
+                        if hopeless && other == Outcome::NoMemory { NO_MEMORY_RETRIES } else { tries + 1 };
                     if let Err(error) = self.again(other, now, tries) {
-                        self.release(span.part(at, u64::MAX), or);
+                        self.release(span.part(at, u64::MAX), or, &error);
                         return Err(error);
                     }
                 }
@@ -269,9 +274,26 @@ impl Core {
         RestoreError::Install { page, error: std::io::Error::from_raw_os_error(errno) }
     }
 
+    /// Whether a fill was told before that pages were refused.
+    fn is_short_of_memory(&self) -> bool {
+        let refused = |e: &Arc<RestoreError>| matches!(**e, RestoreError::Install { .. });
+        lock(&self.fill_failure).as_ref().is_some_and(refused)
+    }
+
     /// Gives claims back, as released or withheld. Of released cells, whoever came to wait meanwhile is woken, so as to
-    /// fault again; but for those withheld before, and only those.
-    fn release(&self, span: Span, how: PageEvent) {
+    /// fault again; but for those withheld before, and only those. A fill may have passed over all of them, so that
+    /// whoever waits for it is told.
+    fn release(&self, span: Span, how: PageEvent, error: &RestoreError) {
+        match error {
+            RestoreError::Install { page, error } => {
+                let error = std::io::Error::from_raw_os_error(error.raw_os_error().unwrap_or_default());
+                self.unfilled(Arc::new(RestoreError::Install { page: *page, error }));
+            }
+            RestoreError::RegionGone { region } => {
+                self.unfilled(Arc::new(RestoreError::RegionGone { region: *region }));
+            }
+            _ => {}
+        }
         let mut to_wake = Vec::new();
         let mut withheld = lock(&self.withheld);
         for offset in 0..span.cells() {

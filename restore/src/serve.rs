@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use dormouse_core::page::{PAGE_BYTES, PageIndex};
 
-use crate::core::{Core, lock};
+use crate::core::Core;
 use crate::error::RestoreError;
 use crate::fill::Bytes;
 use crate::frames::{Begin, Reach, Waiter};
@@ -314,7 +314,8 @@ impl Core {
         match (done, since) {
             (Ok(_), Some(since)) => self.timeline.fault_took(since.elapsed()),
             (Ok(pages), None) => self.counters.prefetched_pages.add(pages),
-            (Err(error), _) => self.fail_with(error),
+            (Err(error), None) => self.background_failed(error),
+            (Err(error), Some(_)) => self.fail_with(error),
         }
     }
 
@@ -325,9 +326,17 @@ impl Core {
         }
     }
 
-    fn fill_failed(&self, page: PageIndex, error: &SourceError) {
-        let error = RestoreError::Page { page, error: error.clone() };
-        lock(&self.fill_failure).get_or_insert_with(|| Arc::new(error));
+    pub(crate) fn fill_failed(&self, page: PageIndex, error: &SourceError) {
+        self.unfilled(Arc::new(RestoreError::Page { page, error: error.clone() }));
+    }
+
+    /// Acts on an error of an install that no vCPU waits for. That pages were refused has been told to whoever waits for
+    /// the fill; a vCPU that touches them has a try of its own.
+    pub(crate) fn background_failed(&self, error: RestoreError) {
+        match error {
+            RestoreError::Install { .. } => tracing::debug!(%error, "not filled"),
+            error => self.fail_with(error),
+        }
     }
 
     /// The run that holds `page`, with retries.

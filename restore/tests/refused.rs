@@ -14,7 +14,10 @@ use dormouse_core::page::PageIndex;
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::plan::Span;
 use dormouse_restore::state::PageState;
-use dormouse_restore::{Mapping, PageSize, Policy, Restore, RestoreError, Uffd, UffdOptions, VmStopped};
+use dormouse_restore::{
+    FrameToken, Mapping, PageSize, Policy, Restore, RestoreError, SourceError, SourceErrorKind, Uffd,
+    UffdOptions, VmStopped,
+};
 
 fn settled(handle: &dormouse_restore::RestoreHandle, mut pages: std::ops::Range<u64>) -> bool {
     pages.all(|page| handle.page_state(PageIndex(page)).unwrap().is_settled())
@@ -178,4 +181,92 @@ fn faults_whose_installs_are_refused_are_held_and_do_not_go_round_in_circles() {
     handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap();
     readers.into_iter().for_each(|reader| reader.join().unwrap());
     handle.stop(VmStopped::attest());
+}
+
+/// The host has no memory for pages that nobody waits for. That ended the VM; with nothing to end it by, whoever waited
+/// for the fill waited for ever.
+#[test]
+fn a_fill_that_is_refused_ends_nothing_and_is_told() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (fail_closed, killed) = counted_kill();
+    let policy = Policy { fail_closed, ..Policy::default() };
+    let mended = Arc::new(AtomicBool::new(false));
+    let is_mended = mended.clone();
+    let refusing = move |_, at: Span| {
+        let refused = at.first_in_region() + at.cells() > 32 && !is_mended.load(Ordering::SeqCst);
+        refused.then_some(Outcome::Refused(libc::ENOMEM))
+    };
+    let handle = Restore::start_with(plan, memory, policy, scripted(refusing)).unwrap();
+    let handle = Arc::new(handle);
+    handle.fill_all();
+    let filler = std::thread::spawn({
+        let handle = handle.clone();
+        move || handle.wait_filled()
+    });
+    until("the fill", || filler.is_finished() || killed.load(Ordering::SeqCst) > 0);
+    assert_eq!(killed.load(Ordering::SeqCst), 0, "the VM was ended");
+    let refused = filler.join().unwrap().unwrap_err();
+    assert!(matches!(*refused, RestoreError::Install { page: PageIndex(32), .. }), "{refused}");
+    assert!(handle.failures().is_empty(), "nothing was withheld");
+    mended.store(true, Ordering::SeqCst);
+    let reader = read(&image, &mapping, 40);
+    until("page 40", || reader.is_finished());
+    reader.join().unwrap();
+    (0..64).for_each(|p| verify(&image, &mapping, p));
+    let handle = Arc::into_inner(handle).unwrap();
+    handle.detach().unwrap();
+}
+
+/// What a fill passes over, because it is being installed, may fail after that. Whoever waited for the fill waited for
+/// ever for somebody to come back to it.
+#[test]
+fn a_fill_that_passed_over_pages_that_then_fail_is_told() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let failed = AtomicBool::new(false);
+    let once = move |_, _| (!failed.swap(true, Ordering::SeqCst)).then_some(Outcome::Refused(libc::EIO));
+    let handle = Restore::start_with(plan, memory, Policy::default(), scripted(once)).unwrap();
+    handle.install_run(PageIndex(0), &image.bytes(0, 8)).unwrap_err();
+    handle.install_run(PageIndex(8), &image.bytes(8, 56)).unwrap();
+    let handle = Arc::new(handle);
+    let filler = std::thread::spawn({
+        let handle = handle.clone();
+        move || handle.wait_filled()
+    });
+    until("the fill", || filler.is_finished());
+    let refused = filler.join().unwrap().unwrap_err();
+    assert!(matches!(*refused, RestoreError::Install { page: PageIndex(0), .. }), "{refused}");
+    let handle = Arc::into_inner(handle).unwrap();
+    handle.detach().unwrap();
+    (0..64).for_each(|p| verify(&image, &mapping, p));
+}
+
+/// A vCPU holds out for a page that cannot be had, and all else is there: nobody comes for that page any more.
+#[test]
+fn a_fill_that_lacks_a_withheld_page_is_told() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let mut image = TestImage::full(64);
+    let gone = |frame: FrameToken, _| (frame.0 == 0).then(|| SourceError::new(SourceErrorKind::Gone, "gone"));
+    image.fail = Some(Box::new(gone));
+    let image = Arc::new(image);
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Arc::new(Restore::start(plan, memory, Policy::default()).unwrap());
+    let reader = read(&image, &mapping, 3);
+    until("the failure", || !handle.failures().is_empty());
+    for (first, pages) in [(0, 3), (4, 60)] {
+        handle.install_run(PageIndex(first), &image.bytes(first, pages)).unwrap();
+    }
+    let filler = std::thread::spawn({
+        let handle = handle.clone();
+        move || handle.wait_filled()
+    });
+    until("the fill", || filler.is_finished());
+    let refused = filler.join().unwrap().unwrap_err();
+    assert!(matches!(*refused, RestoreError::Page { page: PageIndex(3), .. }), "{refused}");
+    handle.install_run(PageIndex(3), &image.bytes(3, 1)).unwrap();
+    reader.join().unwrap();
+    Arc::into_inner(handle).unwrap().detach().unwrap();
 }
