@@ -15,8 +15,12 @@ use crate::state::{Action, PageEvent, PageState};
 const FAILURES_MAX: usize = 16;
 
 impl Core {
-    /// Withholds the awaited cells of `span` by policy.
+    /// Withholds the awaited cells of `span` by policy; but not while stopping, when a try that was broken off says
+    /// nothing of its page, and nobody is to be ended for it.
     pub(crate) fn fail_cells(&self, span: Span, error: &SourceError) {
+        if self.is_stopping() {
+            return;
+        }
         for offset in 0..span.cells() {
             let cell = span.part(offset, 1);
             if self.table.get(cell.first()) != PageState::Awaited {
@@ -100,6 +104,10 @@ impl Core {
 
     /// The VM cannot be served any further: end it if the policy can, else leave its vCPUs waiting.
     pub(crate) fn fail_vm(&self, error: RestoreError) {
+        // Whoever stops a restore has seen to its VM.
+        if self.is_stopping() {
+            return;
+        }
         let kill = match &self.policy.fail_closed {
             FailClosed::Hold => None,
             FailClosed::Kill(kill) => Some(kill),

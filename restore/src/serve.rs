@@ -327,7 +327,9 @@ impl Core {
     }
 
     pub(crate) fn fill_failed(&self, page: PageIndex, error: &SourceError) {
-        self.unfilled(Arc::new(RestoreError::Page { page, error: error.clone() }));
+        if !self.is_stopping() {
+            self.unfilled(Arc::new(RestoreError::Page { page, error: error.clone() }));
+        }
     }
 
     /// Acts on an error of an install that no vCPU waits for. That pages were refused has been told to whoever waits for

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::{TestImage, own, uffd_or_skip, verify};
+use common::scripted::counted_kill;
+use common::{TestImage, own, uffd_or_skip, until, verify};
 use dormouse_core::page::PageIndex;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
@@ -168,4 +169,21 @@ fn a_source_that_panics_counts_as_damaged() {
     let handle = Restore::start(plan, memory, Policy::default()).unwrap();
     (0..64).for_each(|p| verify(&image, &mapping, p));
     assert_eq!(handle.stop(VmStopped::attest()).retries, 1);
+}
+
+/// A restore is stopped while a page is being tried again: that it did not come says nothing, and ended the VM.
+#[test]
+fn a_fetch_that_is_stopped_between_two_tries_is_no_failure() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |_, _| Some(SourceErrorKind::Retryable));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (fail_closed, killed) = counted_kill();
+    let wait = Duration::from_secs(600);
+    let retry = Retry { limit: 5, first: wait, longest: wait };
+    let handle = Restore::start(plan, memory, Policy { fail_closed, retry, ..Policy::default() }).unwrap();
+    // Its page is gone with the restore, and it never comes back from there.
+    std::thread::spawn(move || mapping.load(3 * 4096));
+    until("the first try", || image.fetches.load(Ordering::SeqCst) == 1);
+    handle.stop(VmStopped::attest());
+    assert_eq!(killed.load(Ordering::SeqCst), 0, "the VM was ended");
 }
