@@ -57,8 +57,9 @@ pub(crate) struct Core {
     /// Awaited cells whose install was refused, and told. Whoever waits for one is not woken when another way fails too,
     /// or it would fault, fail and be woken without end. As many as threads wait; those that came after all do no harm.
     pub(crate) withheld: Mutex<HashSet<Cell>>,
-    /// All is installed and the memory is being unregistered: an install that is refused for that was not needed.
-    pub(crate) letting_go: AtomicBool,
+    /// Of each region, whether all is installed and it is, or is being, unregistered: an install that is refused for that
+    /// was not needed.
+    let_go: Box<[AtomicBool]>,
     bell: OwnedFd,
     stopping: AtomicBool,
 }
@@ -91,7 +92,7 @@ impl Core {
             ended: Mutex::default(),
             kill_called: AtomicBool::new(false),
             withheld: Mutex::default(),
-            letting_go: AtomicBool::new(false),
+            let_go: plan.regions().map(|_| AtomicBool::new(false)).collect(),
             stopping: AtomicBool::new(false),
             plan,
             memory,
@@ -100,6 +101,17 @@ impl Core {
             policy,
             bell,
         })
+    }
+
+    /// Marks a region as let go, or as not let go after all.
+    pub(crate) fn set_let_go(&self, region: usize, yes: bool) {
+        if let Some(let_go) = self.let_go.get(region) {
+            let_go.store(yes, Ordering::Release);
+        }
+    }
+
+    pub(crate) fn is_let_go(&self, region: usize) -> bool {
+        self.let_go.get(region).is_some_and(|let_go| let_go.load(Ordering::Acquire))
     }
 
     /// Pages one ioctl may install.

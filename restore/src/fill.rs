@@ -1,7 +1,6 @@
 //! Installs runs of pages: claims what is absent, and acts on each of the kernel's answers.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dormouse_core::page::PageIndex;
@@ -261,7 +260,7 @@ impl Core {
             }
             Outcome::VmGone => Err(RestoreError::VmGone),
             // Whoever waited for this page, which can only be one that was given back, the kernel has answered with zeros.
-            Outcome::RegionGone if self.letting_go.load(Ordering::Acquire) => Err(RestoreError::Stopped),
+            Outcome::RegionGone if self.is_let_go(at.region()) => Err(RestoreError::Stopped),
             Outcome::RegionGone => Err(RestoreError::RegionGone { region: at.region() }),
             Outcome::NoMemory => Err(self.refused(at, libc::ENOMEM)),
             Outcome::Unsupported(e) | Outcome::Refused(e) => Err(self.refused(at, e)),
