@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use dormouse_core::page::PageIndex;
+
 use crate::core::{Core, lock};
 use crate::error::RestoreError;
 use crate::outcome::Outcome;
@@ -36,11 +38,8 @@ impl Core {
                 FailClosed::Kill(kill) => {
                     self.kill(kill, &RestoreError::Page { page: run.first, error: error.clone() });
                 }
-                FailClosed::Poison { or_kill } => {
+                FailClosed::Poison { .. } => {
                     if let Err(why) = self.poison(cell) {
-                        if let Some(kill) = or_kill {
-                            self.kill(kill, &why);
-                        }
                         self.fail_with(why);
                     }
                 }
@@ -48,43 +47,46 @@ impl Core {
         }
     }
 
-    /// Poisons an awaited cell.
+    /// Poisons an awaited cell. Where that is not possible it is awaited again, and so keeps detach from letting its
+    /// vCPU go on with zeros.
     fn poison(&self, cell: Span) -> Result<(), RestoreError> {
-        let mut tries = 0;
-        if self.table.apply(cell.first(), PageEvent::Failed) != Action::Poison {
+        let (at, mut tries) = (cell.first(), 0);
+        if self.table.apply(at, PageEvent::Failed) != Action::Poison {
             return Ok(());
         }
         loop {
-            let outcome = {
-                let _inside = self.gate.enter();
-                // A page given back meanwhile is zero by right, and must not be poisoned.
-                if self.table.get(cell.first()) != PageState::Poisoned {
-                    return Ok(());
-                }
-                self.installer.poison(cell)
+            let inside = self.gate.enter();
+            // A page given back meanwhile is zero by right, and must not be poisoned. Whoever waited was woken.
+            if self.table.get(at) != PageState::Copying {
+                return Ok(());
+            }
+            let outcome = self.installer.poison(cell);
+            let done = match outcome {
+                Outcome::Done | Outcome::Partial(_) => Some(PageEvent::Poisoned),
+                Outcome::AlreadyThere => Some(PageEvent::AlreadyThere),
+                _ => None,
             };
-            match outcome {
-                Outcome::Done | Outcome::Partial(_) => {
-                    self.counters.poisoned.add(1);
-                    // A vCPU that came to wait meanwhile must see it too.
+            let action = done.map(|event| self.table.apply(at, event));
+            drop(inside);
+            if let Some(action) = action {
+                self.counters.poisoned.add(u64::from(done == Some(PageEvent::Poisoned)));
+                // A vCPU that came to wait meanwhile must see it too.
+                if action == Action::Wake {
                     self.installer.wake(cell);
-                    return Ok(());
                 }
-                Outcome::AlreadyThere => {
-                    self.installer.wake(cell);
-                    return Ok(());
-                }
-                Outcome::Unsupported(e) | Outcome::Refused(e) => {
-                    let page = self.plan.pages_of(cell.first()).map_or_else(Default::default, |r| r.first.0);
-                    return Err(RestoreError::CannotPoison {
-                        page: dormouse_core::page::PageIndex(page),
-                        error: std::io::Error::from_raw_os_error(e),
-                    });
-                }
-                other => {
-                    tries += 1;
-                    self.again(other, cell, tries)?;
-                }
+                return Ok(());
+            }
+            tries += 1;
+            let again = match outcome {
+                Outcome::Unsupported(e) | Outcome::Refused(e) => Err(RestoreError::CannotPoison {
+                    page: self.plan.pages_of(at).map_or(PageIndex(u64::MAX), |run| run.first),
+                    error: std::io::Error::from_raw_os_error(e),
+                }),
+                other => self.again(other, cell, tries),
+            };
+            if let Err(why) = again {
+                self.table.apply(at, PageEvent::Withheld);
+                return Err(why);
             }
         }
     }

@@ -4,7 +4,8 @@
 //!            fault            claim           copied / already there
 //!   Absent --------> Awaited --------> Copying ---------------------> Installed
 //!      \________________claim___________^ |
-//!      ^____________released_____________|        failed: Awaited -> Poisoned, withheld: Copying -> Awaited
+//!      ^____________released_____________|        failed: Awaited -> Copying -> Poisoned
+//!                                                         withheld: Copying -> Awaited
 //!   any state -- removed --> Removed (for ever: reads as zero from now on)
 //! ```
 
@@ -16,7 +17,7 @@ pub enum PageState {
     Absent = 0,
     /// A vCPU waits for it; someone is on the way to its frame, or was told that there is no way.
     Awaited = 1,
-    /// Claimed by exactly one thread, which is installing it.
+    /// Claimed by exactly one thread, which is installing or poisoning it.
     Copying = 2,
     /// In guest memory.
     Installed = 3,
@@ -72,13 +73,15 @@ pub enum PageEvent {
     Withheld,
     /// The guest gave it back (REMOVE event).
     Removed,
-    /// Its bytes cannot be had.
+    /// Its bytes cannot be had, and a thread wants to poison it.
     Failed,
+    /// The poisoning succeeded.
+    Poisoned,
 }
 
 impl PageEvent {
     /// All events.
-    pub const ALL: [PageEvent; 8] = [
+    pub const ALL: [PageEvent; 9] = [
         PageEvent::Fault,
         PageEvent::Claim,
         PageEvent::Copied,
@@ -87,6 +90,7 @@ impl PageEvent {
         PageEvent::Withheld,
         PageEvent::Removed,
         PageEvent::Failed,
+        PageEvent::Poisoned,
     ];
 }
 
@@ -103,7 +107,7 @@ pub enum Action {
     Wake,
     /// Install a zero page: the guest gave this page back.
     InstallZero,
-    /// Poison it.
+    /// Poison it: the claim was won.
     Poison,
 }
 
@@ -133,11 +137,13 @@ pub const fn step(state: PageState, event: PageEvent) -> (PageState, Action) {
         (E::Copied | E::AlreadyThere | E::Released | E::Withheld, _) => (state, Action::None),
 
         // A vCPU that waited for the image's bytes must fault again to be given zeros.
-        (E::Removed, S::Absent | S::Awaited | S::Copying) => (S::Removed, Action::Wake),
+        (E::Removed, S::Absent | S::Awaited | S::Copying | S::Poisoned) => (S::Removed, Action::Wake),
         (E::Removed, _) => (S::Removed, Action::None),
 
-        (E::Failed, S::Awaited) => (S::Poisoned, Action::Poison),
-        (E::Failed, _) => (state, Action::None),
+        // Not settled before it is poisoned: detach would let whoever waits go on with zeros.
+        (E::Failed, S::Awaited) => (S::Copying, Action::Poison),
+        (E::Poisoned, S::Copying) => (S::Poisoned, Action::Wake),
+        (E::Failed | E::Poisoned, _) => (state, Action::None),
     }
 }
 
