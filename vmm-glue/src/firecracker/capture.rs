@@ -91,8 +91,14 @@ pub fn capture(
     let was_running = is_running(api)?;
     let mut times = CaptureTimes::default();
     let begun = Instant::now();
+    // A pause that is refused, or whose answer is lost, may have reached the vCPUs all the same.
+    let go_on = || {
+        if was_running && let Err(error) = api.resume() {
+            tracing::warn!(%error, "after a capture that failed the guest could not be told to go on");
+        }
+    };
     if was_running {
-        api.pause()?;
+        api.pause().inspect_err(|_| go_on())?;
     }
     times.pause = begun.elapsed();
     let writing = Instant::now();
@@ -100,12 +106,7 @@ pub fn capture(
         api.create_snapshot(kind, &state.path_for_vmm(), &memory.path_for_vmm()).map_err(CaptureError::from);
     let checked = written.and_then(|()| check(&memory, &state));
     times.snapshot = writing.elapsed();
-    if let Err(error) = checked {
-        if was_running {
-            api.resume()?;
-        }
-        return Err(error);
-    }
+    checked.inspect_err(|_| go_on())?;
     if resume && was_running {
         let resuming = Instant::now();
         api.resume()?;
