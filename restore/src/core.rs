@@ -1,6 +1,6 @@
 //! What all threads of one restore share. Nothing here is global: a process may run any number of restores.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -13,7 +13,7 @@ use crate::error::RestoreError;
 use crate::frames::{CellsUnderWay, Frames};
 use crate::install::Installer;
 use crate::kept::KeptStates;
-use crate::plan::Plan;
+use crate::plan::{Cell, Plan};
 use crate::policy::Policy;
 use crate::queue::Queue;
 use crate::sys::memory::Memory;
@@ -54,8 +54,12 @@ pub(crate) struct Core {
     pub(crate) fill_failure: Mutex<Option<Arc<RestoreError>>>,
     pub(crate) ended: Mutex<Option<Arc<RestoreError>>>,
     pub(crate) kill_called: AtomicBool,
-    /// All is installed and the memory is being unregistered: an install that is refused for that was not needed.
-    pub(crate) letting_go: AtomicBool,
+    /// Awaited cells whose install was refused, and told. Whoever waits for one is not woken when another way fails too,
+    /// or it would fault, fail and be woken without end. As many as threads wait; those that came after all do no harm.
+    pub(crate) withheld: Mutex<HashSet<Cell>>,
+    /// Of each region, whether all is installed and it is, or is being, unregistered: an install that is refused for that
+    /// was not needed.
+    let_go: Box<[AtomicBool]>,
     bell: OwnedFd,
     stopping: AtomicBool,
 }
@@ -87,7 +91,8 @@ impl Core {
             fill_failure: Mutex::default(),
             ended: Mutex::default(),
             kill_called: AtomicBool::new(false),
-            letting_go: AtomicBool::new(false),
+            withheld: Mutex::default(),
+            let_go: plan.regions().map(|_| AtomicBool::new(false)).collect(),
             stopping: AtomicBool::new(false),
             plan,
             memory,
@@ -96,6 +101,17 @@ impl Core {
             policy,
             bell,
         })
+    }
+
+    /// Marks a region as let go, or as not let go after all.
+    pub(crate) fn set_let_go(&self, region: usize, yes: bool) {
+        if let Some(let_go) = self.let_go.get(region) {
+            let_go.store(yes, Ordering::Release);
+        }
+    }
+
+    pub(crate) fn is_let_go(&self, region: usize) -> bool {
+        self.let_go.get(region).is_some_and(|let_go| let_go.load(Ordering::Acquire))
     }
 
     /// Pages one ioctl may install.

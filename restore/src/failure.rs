@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use dormouse_core::page::PageIndex;
+
 use crate::core::{Core, lock};
 use crate::error::RestoreError;
 use crate::outcome::Outcome;
@@ -15,8 +17,12 @@ use crate::state::{Action, PageEvent, PageState};
 const FAILURES_MAX: usize = 16;
 
 impl Core {
-    /// Withholds the awaited cells of `span` by policy.
+    /// Withholds the awaited cells of `span` by policy; but not while stopping, when a try that was broken off says
+    /// nothing of its page, and nobody is to be ended for it.
     pub(crate) fn fail_cells(&self, span: Span, error: &SourceError) {
+        if self.is_stopping() {
+            return;
+        }
         for offset in 0..span.cells() {
             let cell = span.part(offset, 1);
             if self.table.get(cell.first()) != PageState::Awaited {
@@ -24,16 +30,16 @@ impl Core {
             }
             let Some(run) = self.plan.pages_of(cell.first()) else { continue };
             self.note(RestoreError::Page { page: run.first, error: error.clone() });
+            if !matches!(self.policy.fail_closed, FailClosed::Poison { .. }) {
+                self.fill_failed(run.first, error);
+            }
             match &self.policy.fail_closed {
                 FailClosed::Hold => {}
                 FailClosed::Kill(kill) => {
                     self.kill(kill, &RestoreError::Page { page: run.first, error: error.clone() });
                 }
-                FailClosed::Poison { or_kill } => {
+                FailClosed::Poison { .. } => {
                     if let Err(why) = self.poison(cell) {
-                        if let Some(kill) = or_kill {
-                            self.kill(kill, &why);
-                        }
                         self.fail_with(why);
                     }
                 }
@@ -41,43 +47,46 @@ impl Core {
         }
     }
 
-    /// Poisons an awaited cell.
+    /// Poisons an awaited cell. Where that is not possible it is awaited again, and so keeps detach from letting its
+    /// vCPU go on with zeros.
     fn poison(&self, cell: Span) -> Result<(), RestoreError> {
-        let mut tries = 0;
-        if self.table.apply(cell.first(), PageEvent::Failed) != Action::Poison {
+        let (at, mut tries) = (cell.first(), 0);
+        if self.table.apply(at, PageEvent::Failed) != Action::Poison {
             return Ok(());
         }
         loop {
-            let outcome = {
-                let _inside = self.gate.enter();
-                // A page given back meanwhile is zero by right, and must not be poisoned.
-                if self.table.get(cell.first()) != PageState::Poisoned {
-                    return Ok(());
-                }
-                self.installer.poison(cell)
+            let inside = self.gate.enter();
+            // A page given back meanwhile is zero by right, and must not be poisoned. Whoever waited was woken.
+            if self.table.get(at) != PageState::Copying {
+                return Ok(());
+            }
+            let outcome = self.installer.poison(cell);
+            let done = match outcome {
+                Outcome::Done | Outcome::Partial(_) => Some(PageEvent::Poisoned),
+                Outcome::AlreadyThere => Some(PageEvent::AlreadyThere),
+                _ => None,
             };
-            match outcome {
-                Outcome::Done | Outcome::Partial(_) => {
-                    self.counters.poisoned.add(1);
-                    // A vCPU that came to wait meanwhile must see it too.
+            let action = done.map(|event| self.table.apply(at, event));
+            drop(inside);
+            if let Some(action) = action {
+                self.counters.poisoned.add(u64::from(done == Some(PageEvent::Poisoned)));
+                // A vCPU that came to wait meanwhile must see it too.
+                if action == Action::Wake {
                     self.installer.wake(cell);
-                    return Ok(());
                 }
-                Outcome::AlreadyThere => {
-                    self.installer.wake(cell);
-                    return Ok(());
-                }
-                Outcome::Unsupported(e) | Outcome::Refused(e) => {
-                    let page = self.plan.pages_of(cell.first()).map_or_else(Default::default, |r| r.first.0);
-                    return Err(RestoreError::CannotPoison {
-                        page: dormouse_core::page::PageIndex(page),
-                        error: std::io::Error::from_raw_os_error(e),
-                    });
-                }
-                other => {
-                    tries += 1;
-                    self.again(other, cell, tries)?;
-                }
+                return Ok(());
+            }
+            tries += 1;
+            let again = match outcome {
+                Outcome::Unsupported(e) | Outcome::Refused(e) => Err(RestoreError::CannotPoison {
+                    page: self.plan.pages_of(at).map_or(PageIndex(u64::MAX), |run| run.first),
+                    error: std::io::Error::from_raw_os_error(e),
+                }),
+                other => self.again(other, cell, tries),
+            };
+            if let Err(why) = again {
+                self.table.apply(at, PageEvent::Withheld);
+                return Err(why);
             }
         }
     }
@@ -97,6 +106,10 @@ impl Core {
 
     /// The VM cannot be served any further: end it if the policy can, else leave its vCPUs waiting.
     pub(crate) fn fail_vm(&self, error: RestoreError) {
+        // Whoever stops a restore has seen to its VM.
+        if self.is_stopping() {
+            return;
+        }
         let kill = match &self.policy.fail_closed {
             FailClosed::Hold => None,
             FailClosed::Kill(kill) => Some(kill),
@@ -113,6 +126,11 @@ impl Core {
             tracing::error!(%error, "ending the VM");
             kill(error);
         }
+    }
+
+    /// Remembers for whoever waits for a fill that nobody is on the way to some pages of it.
+    pub(crate) fn unfilled(&self, error: Arc<RestoreError>) {
+        lock(&self.fill_failure).get_or_insert(error);
     }
 
     /// Remembers an error for the owner. Of a VM that fails at every page only the first are told, or it would fill the

@@ -1,15 +1,15 @@
 //! Installs runs of pages: claims what is absent, and acts on each of the kernel's answers.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dormouse_core::page::PageIndex;
 
-use crate::core::Core;
+use crate::core::{Core, lock};
 use crate::error::RestoreError;
 use crate::outcome::Outcome;
 use crate::plan::Span;
-use crate::state::{PageEvent, PageState};
+use crate::state::{Action, PageEvent, PageState};
 use crate::sys::staging::Staging;
 
 /// Retries of an install for lack of host memory before it counts as refused: about 20 s.
@@ -42,6 +42,30 @@ impl Core {
     /// Installs `bytes` on those cells of `span` that are absent; how many were. Cells that others install
     /// at the same time, or that were installed or removed before, are left alone.
     pub(crate) fn fill(&self, span: Span, bytes: Bytes<'_>) -> Result<u64, RestoreError> {
+        self.fill_or(span, bytes, PageEvent::Released)
+    }
+
+    /// [`fill`](Self::fill) for a vCPU that waits for `cell` of `span`. That a neighbour is refused is none of its
+    /// business; if `cell` is, alone, the caller has to say so, and the vCPU waits on.
+    pub(crate) fn fill_for(&self, cell: Span, span: Span, bytes: Bytes<'_>) -> Result<u64, RestoreError> {
+        let refused =
+            |e: &RestoreError| matches!(e, RestoreError::Install { .. } | RestoreError::RegionGone { .. });
+        if span.cells() > 1 {
+            match self.fill(span, bytes) {
+                Err(error) if refused(&error) => {
+                    tracing::debug!(%error, "only the page waited for is tried again")
+                }
+                done => return done,
+            }
+        }
+        match bytes.part(cell.first().0 - span.first().0, 1, self.cell_bytes(cell)) {
+            Some(bytes) => self.fill_or(cell, bytes, PageEvent::Withheld),
+            None => Err(self.refused(cell, libc::EINVAL)),
+        }
+    }
+
+    /// [`fill`](Self::fill), with what becomes of cells that are refused.
+    fn fill_or(&self, span: Span, bytes: Bytes<'_>, or: PageEvent) -> Result<u64, RestoreError> {
         let cell_bytes = self.cell_bytes(span);
         let step = (self.step_pages() * 4096 / cell_bytes).max(1);
         let (mut at, mut installed) = (0, 0);
@@ -53,10 +77,13 @@ impl Core {
             }
             at += skipped;
             match bytes.part(at, claimed, cell_bytes) {
-                Some(bytes) => installed += self.fill_claimed(span.part(at, claimed), bytes, cell_bytes)?,
+                Some(bytes) => {
+                    installed += self.fill_claimed(span.part(at, claimed), bytes, cell_bytes, or)?
+                }
                 None => {
-                    self.release(span.part(at, claimed));
-                    return Err(self.refused(span.part(at, claimed), libc::EINVAL));
+                    let error = self.refused(span.part(at, claimed), libc::EINVAL);
+                    self.release(span.part(at, claimed), or, &error);
+                    return Err(error);
                 }
             }
             at += claimed;
@@ -88,7 +115,7 @@ impl Core {
                     }
                     _ => 0,
                 };
-                self.table.apply_all(span.part(0, moved), PageEvent::Copied, crate::state::Action::None);
+                self.table.apply_all(span.part(0, moved), PageEvent::Copied, Action::None);
                 self.counters.moved_pages.add(moved);
                 self.counters.pages_copied.add(moved);
             }
@@ -98,7 +125,7 @@ impl Core {
         let cell_bytes = self.cell_bytes(span);
         let claimed = span.part(skipped + moved, claimed - moved);
         if let Some(bytes) = Bytes::Of(block.bytes()).part(skipped + moved, claimed.cells(), cell_bytes) {
-            installed += self.fill_claimed(claimed, bytes, cell_bytes)?;
+            installed += self.fill_claimed(claimed, bytes, cell_bytes, PageEvent::Released)?;
         }
         if moved < span.cells() {
             let left = span.part(moved, u64::MAX);
@@ -111,15 +138,21 @@ impl Core {
     }
 
     /// Installs on cells this thread has claimed.
-    fn fill_claimed(&self, span: Span, bytes: Bytes<'_>, cell_bytes: u64) -> Result<u64, RestoreError> {
-        let (mut at, mut installed, mut tries) = (0, 0, 0u32);
+    fn fill_claimed(
+        &self,
+        span: Span,
+        bytes: Bytes<'_>,
+        cell_bytes: u64,
+        or: PageEvent,
+    ) -> Result<u64, RestoreError> {
+        let (mut at, mut installed, mut tries, mut most) = (0, 0, 0u32, span.cells());
         while at < span.cells() {
             let inside = self.gate.enter();
             // Cells removed since they were claimed stay out.
             let left = span.part(at, u64::MAX);
             let Some(skip) = self.table.find(left, |s| s == PageState::Copying) else { break };
             let left = left.part(skip, u64::MAX);
-            let run = self.table.find(left, |s| s != PageState::Copying).unwrap_or(left.cells());
+            let run = self.table.find(left, |s| s != PageState::Copying).unwrap_or(left.cells()).min(most);
             let now = left.part(0, run);
             at += skip;
             let outcome = match bytes.part(at, run, cell_bytes) {
@@ -133,13 +166,13 @@ impl Core {
                 _ => 0,
             };
             if done > 0 {
-                self.table.apply_all(now.part(0, done), PageEvent::Copied, crate::state::Action::None);
+                self.table.apply_all(now.part(0, done), PageEvent::Copied, Action::None);
                 self.counted(bytes, done);
                 (at, installed, tries) = (at + done, installed + done, 0);
             }
             drop(inside);
             match outcome {
-                Outcome::Done => {}
+                Outcome::Done => most = most.saturating_mul(2),
                 Outcome::Partial(_) => self.counters.partial.add(1),
                 Outcome::AlreadyThere => {
                     self.counters.exists.add(1);
@@ -147,10 +180,16 @@ impl Core {
                     self.installer.wake(now.part(0, 1));
                     at += 1;
                 }
+                // Only a single cell without a mapping is gone: more of them may lie in several mappings, since a VMM that
+                // changes a part of guest memory, such as its protection, splits it for the kernel.
+                Outcome::RegionGone if run > 1 => most = run / 2,
                 other => {
-                    tries += 1;
+                    // A fill that was told to have failed need not wait for memory page by page.
+                    let hopeless = or == PageEvent::Released && self.is_short_of_memory();
+                    tries =
+                        if hopeless && other == Outcome::NoMemory { NO_MEMORY_RETRIES } else { tries + 1 };
                     if let Err(error) = self.again(other, now, tries) {
-                        self.release(span.part(at, u64::MAX));
+                        self.release(span.part(at, u64::MAX), or, &error);
                         return Err(error);
                     }
                 }
@@ -171,13 +210,14 @@ impl Core {
     pub(crate) fn fill_removed(&self, cell: Span) -> Result<(), RestoreError> {
         let behind = self.plan.from(cell, self.policy.zero_step_pages / (self.cell_bytes(cell) / 4096));
         let run = self.table.find(behind, |s| s != PageState::Removed).unwrap_or(behind.cells());
-        let (mut at, mut tries) = (0, 0);
+        let (mut at, mut tries, mut most) = (0, 0, run);
         while at < run {
-            let left = behind.part(at, run - at);
+            let left = behind.part(at, (run - at).min(most));
             match self.installer.zero(left) {
                 Outcome::Done => {
                     self.counters.zero_pages.add(left.cells());
-                    break;
+                    at += left.cells();
+                    most = most.saturating_mul(2);
                 }
                 Outcome::Partial(n) => {
                     self.counters.zero_pages.add(n);
@@ -188,6 +228,8 @@ impl Core {
                     self.installer.wake(left.part(0, 1));
                     at += 1;
                 }
+                // As in `fill_claimed`.
+                Outcome::RegionGone if left.cells() > 1 => most = left.cells() / 2,
                 other => {
                     tries += 1;
                     self.again(other, left, tries)?;
@@ -218,7 +260,7 @@ impl Core {
             }
             Outcome::VmGone => Err(RestoreError::VmGone),
             // Whoever waited for this page, which can only be one that was given back, the kernel has answered with zeros.
-            Outcome::RegionGone if self.letting_go.load(Ordering::Acquire) => Err(RestoreError::Stopped),
+            Outcome::RegionGone if self.is_let_go(at.region()) => Err(RestoreError::Stopped),
             Outcome::RegionGone => Err(RestoreError::RegionGone { region: at.region() }),
             Outcome::NoMemory => Err(self.refused(at, libc::ENOMEM)),
             Outcome::Unsupported(e) | Outcome::Refused(e) => Err(self.refused(at, e)),
@@ -231,9 +273,42 @@ impl Core {
         RestoreError::Install { page, error: std::io::Error::from_raw_os_error(errno) }
     }
 
-    /// Gives claims back: the cells count as awaited, since someone may have come to wait meanwhile.
-    fn release(&self, span: Span) {
-        self.table.apply_all(span, PageEvent::Released, crate::state::Action::None);
+    /// Whether a fill was told before that pages were refused.
+    fn is_short_of_memory(&self) -> bool {
+        let refused = |e: &Arc<RestoreError>| matches!(**e, RestoreError::Install { .. });
+        lock(&self.fill_failure).as_ref().is_some_and(refused)
+    }
+
+    /// Gives claims back, as released or withheld. Of released cells, whoever came to wait meanwhile is woken, so as to
+    /// fault again; but for those withheld before, and only those. A fill may have passed over all of them, so that
+    /// whoever waits for it is told.
+    fn release(&self, span: Span, how: PageEvent, error: &RestoreError) {
+        match error {
+            RestoreError::Install { page, error } => {
+                let error = std::io::Error::from_raw_os_error(error.raw_os_error().unwrap_or_default());
+                self.unfilled(Arc::new(RestoreError::Install { page: *page, error }));
+            }
+            RestoreError::RegionGone { region } => {
+                self.unfilled(Arc::new(RestoreError::RegionGone { region: *region }));
+            }
+            _ => {}
+        }
+        let mut to_wake = Vec::new();
+        let mut withheld = lock(&self.withheld);
+        for offset in 0..span.cells() {
+            let cell = span.part(offset, 1).first();
+            if how == PageEvent::Withheld {
+                withheld.insert(cell);
+            }
+            let how = if withheld.contains(&cell) { PageEvent::Withheld } else { how };
+            if self.table.apply(cell, how) == Action::Wake {
+                to_wake.push(offset);
+            }
+        }
+        drop(withheld);
+        for run in to_wake.chunk_by(|a, b| a + 1 == *b) {
+            self.installer.wake(span.part(run[0], run.len() as u64));
+        }
     }
 
     /// Bytes in one cell of `span`'s region.

@@ -17,7 +17,8 @@ pub enum Outcome {
     Again,
     /// ESRCH: the VM's address space is gone.
     VmGone,
-    /// ENOENT: the region is no longer registered or mapped.
+    /// ENOENT: the region is no longer registered or mapped; or the pages asked for lie in several mappings, and none was
+    /// installed.
     RegionGone,
     /// ENOMEM: the host or its control group has no memory to give just now.
     NoMemory,

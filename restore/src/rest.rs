@@ -110,7 +110,7 @@ impl Core {
         match self.install_rest(&mut rest, enough) {
             Ok(true) => {}
             Ok(false) => self.queue.leave(rest),
-            Err(error) => self.fail_with(error),
+            Err(error) => self.background_failed(error),
         }
     }
 

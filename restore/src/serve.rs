@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use dormouse_core::page::{PAGE_BYTES, PageIndex};
 
-use crate::core::{Core, lock};
+use crate::core::Core;
 use crate::error::RestoreError;
 use crate::fill::Bytes;
 use crate::frames::{Begin, Reach, Waiter};
@@ -163,7 +163,10 @@ impl Core {
             let (first, end) = (extent.first.0.max(block), extent.end().min(block + step));
             span = self.plan.clip(wanted.region(), first, end).unwrap_or(wanted);
         }
-        let done = self.fill(span, Bytes::Zero);
+        let done = match since {
+            Some(_) => self.fill_for(wanted, span, Bytes::Zero),
+            None => self.fill(span, Bytes::Zero),
+        };
         self.filled(done, since);
         if since.is_some()
             && let Some(run) = self.plan.pages_of(wanted.first())
@@ -227,7 +230,10 @@ impl Core {
         });
         match bytes {
             Some(bytes) => {
-                let done = self.fill(span, Bytes::Of(&bytes));
+                let done = match since {
+                    Some(_) => self.fill_for(wanted, span, Bytes::Of(&bytes)),
+                    None => self.fill(span, Bytes::Of(&bytes)),
+                };
                 self.filled(done, since);
             }
             None => {
@@ -246,12 +252,21 @@ impl Core {
             return;
         }
         let gathered = self.gather(cell);
+        let mut left = false;
         if let Ok(bytes) = &gathered {
-            let done = self.fill(cell, bytes.as_deref().map_or(Bytes::Zero, Bytes::Of));
+            let bytes = bytes.as_deref().map_or(Bytes::Zero, Bytes::Of);
+            let done = match since {
+                Some(_) => self.fill_for(cell, cell, bytes),
+                None => self.fill(cell, bytes),
+            };
+            left = since.is_none() && done.is_err();
             self.filled(done, since);
         }
         // First out of the set, then look who waits: a fault that found it in the set was left to us.
         self.huge_under_way.end(cell.first());
+        if left && self.awaited_page(cell).is_some() {
+            self.queue.demand(cell, Instant::now());
+        }
         if let Err(error) = gathered {
             if let Some(run) = self.plan.pages_of(cell.first()) {
                 self.fill_failed(run.first, &error);
@@ -299,7 +314,8 @@ impl Core {
         match (done, since) {
             (Ok(_), Some(since)) => self.timeline.fault_took(since.elapsed()),
             (Ok(pages), None) => self.counters.prefetched_pages.add(pages),
-            (Err(error), _) => self.fail_with(error),
+            (Err(error), None) => self.background_failed(error),
+            (Err(error), Some(_)) => self.fail_with(error),
         }
     }
 
@@ -310,9 +326,19 @@ impl Core {
         }
     }
 
-    fn fill_failed(&self, page: PageIndex, error: &SourceError) {
-        let error = RestoreError::Page { page, error: error.clone() };
-        lock(&self.fill_failure).get_or_insert_with(|| Arc::new(error));
+    pub(crate) fn fill_failed(&self, page: PageIndex, error: &SourceError) {
+        if !self.is_stopping() {
+            self.unfilled(Arc::new(RestoreError::Page { page, error: error.clone() }));
+        }
+    }
+
+    /// Acts on an error of an install that no vCPU waits for. That pages were refused has been told to whoever waits for
+    /// the fill; a vCPU that touches them has a try of its own.
+    pub(crate) fn background_failed(&self, error: RestoreError) {
+        match error {
+            RestoreError::Install { .. } => tracing::debug!(%error, "not filled"),
+            error => self.fail_with(error),
+        }
     }
 
     /// The run that holds `page`, with retries.

@@ -1,7 +1,6 @@
 //! Starts a restore and holds it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -269,13 +268,14 @@ impl RestoreHandle {
         if let Err(error) = self.wait_filled() {
             return Err(Box::new(DetachError { handle: self, error }));
         }
-        // From here on a fault may be under way that the kernel answers first, once its page's region is let go.
-        self.core.letting_go.store(true, Ordering::Release);
-        for region in self.core.memory.regions() {
+        for (index, region) in self.core.memory.regions().iter().enumerate() {
+            // From here on a fault may be under way that the kernel answers first. Those before stay let go, come what may.
+            let before = self.core.is_let_go(index);
+            self.core.set_let_go(index, true);
             if let Err(error) = region.unregister()
                 && region.is_alive()
             {
-                self.core.letting_go.store(false, Ordering::Release);
+                self.core.set_let_go(index, before);
                 let error = Arc::new(RestoreError::from(error));
                 return Err(Box::new(DetachError { handle: self, error }));
             }

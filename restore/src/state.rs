@@ -4,7 +4,8 @@
 //!            fault            claim           copied / already there
 //!   Absent --------> Awaited --------> Copying ---------------------> Installed
 //!      \________________claim___________^ |
-//!                       ^______released___|        failed: Awaited -> Poisoned
+//!      ^____________released_____________|        failed: Awaited -> Copying -> Poisoned
+//!                                                         withheld: Copying -> Awaited
 //!   any state -- removed --> Removed (for ever: reads as zero from now on)
 //! ```
 
@@ -14,9 +15,9 @@
 pub enum PageState {
     /// Nobody asked for it yet.
     Absent = 0,
-    /// A vCPU waits for it; someone is on the way to its frame.
+    /// A vCPU waits for it; someone is on the way to its frame, or was told that there is no way.
     Awaited = 1,
-    /// Claimed by exactly one thread, which is installing it.
+    /// Claimed by exactly one thread, which is installing or poisoning it.
     Copying = 2,
     /// In guest memory.
     Installed = 3,
@@ -66,24 +67,30 @@ pub enum PageEvent {
     Copied,
     /// The kernel found a page there (EEXIST).
     AlreadyThere,
-    /// The thread that claimed it gives up.
+    /// The thread that claimed it gives up; another may succeed.
     Released,
+    /// The thread that claimed it gives up and has told why: whoever waits for it goes on waiting.
+    Withheld,
     /// The guest gave it back (REMOVE event).
     Removed,
-    /// Its bytes cannot be had.
+    /// Its bytes cannot be had, and a thread wants to poison it.
     Failed,
+    /// The poisoning succeeded.
+    Poisoned,
 }
 
 impl PageEvent {
     /// All events.
-    pub const ALL: [PageEvent; 7] = [
+    pub const ALL: [PageEvent; 9] = [
         PageEvent::Fault,
         PageEvent::Claim,
         PageEvent::Copied,
         PageEvent::AlreadyThere,
         PageEvent::Released,
+        PageEvent::Withheld,
         PageEvent::Removed,
         PageEvent::Failed,
+        PageEvent::Poisoned,
     ];
 }
 
@@ -100,7 +107,7 @@ pub enum Action {
     Wake,
     /// Install a zero page: the guest gave this page back.
     InstallZero,
-    /// Poison it.
+    /// Poison it: the claim was won.
     Poison,
 }
 
@@ -122,17 +129,21 @@ pub const fn step(state: PageState, event: PageEvent) -> (PageState, Action) {
         (E::Copied, S::Copying) => (S::Installed, Action::None),
         (E::AlreadyThere, S::Copying) => (S::Installed, Action::Wake),
         (E::AlreadyThere, S::Removed) => (S::Removed, Action::Wake),
-        // A vCPU may have come to wait while it was being copied, so it must count as awaited.
-        (E::Released, S::Copying) => (S::Awaited, Action::None),
+        // A vCPU may have come to wait while it was being copied, and whoever was on the way for one has turned back:
+        // it must fault again.
+        (E::Released, S::Copying) => (S::Absent, Action::Wake),
+        (E::Withheld, S::Copying) => (S::Awaited, Action::None),
         // Overtaken by a removal, or never claimed.
-        (E::Copied | E::AlreadyThere | E::Released, _) => (state, Action::None),
+        (E::Copied | E::AlreadyThere | E::Released | E::Withheld, _) => (state, Action::None),
 
         // A vCPU that waited for the image's bytes must fault again to be given zeros.
-        (E::Removed, S::Absent | S::Awaited | S::Copying) => (S::Removed, Action::Wake),
+        (E::Removed, S::Absent | S::Awaited | S::Copying | S::Poisoned) => (S::Removed, Action::Wake),
         (E::Removed, _) => (S::Removed, Action::None),
 
-        (E::Failed, S::Awaited) => (S::Poisoned, Action::Poison),
-        (E::Failed, _) => (state, Action::None),
+        // Not settled before it is poisoned: detach would let whoever waits go on with zeros.
+        (E::Failed, S::Awaited) => (S::Copying, Action::Poison),
+        (E::Poisoned, S::Copying) => (S::Poisoned, Action::Wake),
+        (E::Failed | E::Poisoned, _) => (state, Action::None),
     }
 }
 

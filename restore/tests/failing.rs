@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::{TestImage, own, uffd_or_skip, verify};
+use common::scripted::{Ask, counted_kill, scripted};
+use common::{TestImage, own, uffd_or_skip, until, verify};
 use dormouse_core::page::PageIndex;
+use dormouse_restore::outcome::Outcome;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
     FailClosed, PageSize, Policy, Restore, RestoreError, Retry, SourceError, SourceErrorKind, VmStopped,
@@ -168,4 +170,80 @@ fn a_source_that_panics_counts_as_damaged() {
     let handle = Restore::start(plan, memory, Policy::default()).unwrap();
     (0..64).for_each(|p| verify(&image, &mapping, p));
     assert_eq!(handle.stop(VmStopped::attest()).retries, 1);
+}
+
+/// A restore is stopped while a page is being tried again: that it did not come says nothing, and ended the VM.
+#[test]
+fn a_fetch_that_is_stopped_between_two_tries_is_no_failure() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |_, _| Some(SourceErrorKind::Retryable));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (fail_closed, killed) = counted_kill();
+    let wait = Duration::from_secs(600);
+    let retry = Retry { limit: 5, first: wait, longest: wait };
+    let handle = Restore::start(plan, memory, Policy { fail_closed, retry, ..Policy::default() }).unwrap();
+    // Its page is gone with the restore, and it never comes back from there.
+    std::thread::spawn(move || mapping.load(3 * 4096));
+    until("the first try", || image.fetches.load(Ordering::SeqCst) == 1);
+    handle.stop(VmStopped::attest());
+    assert_eq!(killed.load(Ordering::SeqCst), 0, "the VM was ended");
+}
+
+/// Where a page can neither be had nor poisoned its vCPU waits. The page counted as done, so that detach let the vCPU
+/// go on with zeros.
+#[test]
+fn a_page_that_could_not_be_poisoned_holds_up_detach() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |frame, _| (frame == 0).then_some(SourceErrorKind::Damaged));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let old_kernel = |ask, _| (ask == Ask::Poison).then_some(Outcome::Unsupported(libc::EINVAL));
+    let handle = Restore::start_with(plan, memory, poisoning(), scripted(old_kernel)).unwrap();
+    let reader = std::thread::spawn({
+        let (image, mapping) = (image.clone(), mapping.clone());
+        move || verify(&image, &mapping, 3)
+    });
+    // That it cannot be had, and that it cannot be poisoned.
+    until("both failures", || handle.failures().len() == 2);
+    for (first, pages) in [(0, 3), (4, 60)] {
+        handle.install_run(PageIndex(first), &image.bytes(first, pages)).unwrap();
+    }
+    let refused = *handle.detach().expect_err("a vCPU still waits for page 3");
+    assert!(matches!(*refused.error, RestoreError::Page { page: PageIndex(3), .. }), "{refused}");
+    let handle = refused.handle;
+    assert_eq!(handle.page_state(PageIndex(3)), Some(PageState::Awaited));
+    handle.install_run(PageIndex(3), &image.bytes(3, 1)).unwrap();
+    reader.join().unwrap();
+    handle.detach().unwrap();
+}
+
+/// A page is settled once it is poisoned, not when that begins: detach would let its vCPU go on with zeros between.
+#[test]
+fn a_page_that_is_being_poisoned_is_not_settled() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |frame, _| (frame == 0).then_some(SourceErrorKind::Damaged));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (asked, is_asked) = mpsc::channel();
+    let (go, may_go) = mpsc::channel::<()>();
+    let waits = std::sync::Mutex::new((asked, may_go));
+    let slow = move |ask, _| {
+        if ask == Ask::Poison {
+            let (asked, may_go) = &*waits.lock().unwrap();
+            asked.send(()).unwrap();
+            may_go.recv_timeout(Duration::from_secs(60)).unwrap();
+            return Some(Outcome::Unsupported(libc::EINVAL));
+        }
+        None
+    };
+    let handle = Restore::start_with(plan, memory, poisoning(), scripted(slow)).unwrap();
+    let reader = std::thread::spawn({
+        let (image, mapping) = (image.clone(), mapping.clone());
+        move || verify(&image, &mapping, 3)
+    });
+    is_asked.recv().unwrap();
+    assert!(!handle.page_state(PageIndex(3)).unwrap().is_settled(), "it is not poisoned yet");
+    go.send(()).unwrap();
+    until("both failures", || handle.failures().len() == 2);
+    handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap();
+    reader.join().unwrap();
+    handle.detach().unwrap();
 }

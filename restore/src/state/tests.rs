@@ -18,6 +18,15 @@ fn removed_is_for_ever_and_only_ever_zero() {
     }
 }
 
+/// A vCPU may wait for a page in any state but those that answer it by themselves; a poisoned one may not be woken yet.
+#[test]
+fn whoever_waits_for_a_page_that_is_removed_is_woken() {
+    for state in PageState::ALL {
+        let answered = matches!(state, PageState::Installed | PageState::Removed);
+        assert_eq!(step(state, PageEvent::Removed).1 == Action::Wake, !answered, "{state:?}");
+    }
+}
+
 #[test]
 fn bytes_name_states_and_unknown_bytes_fail_closed() {
     for state in PageState::ALL {
@@ -40,32 +49,37 @@ fn only_a_removed_page_is_ever_zero_filled_on_a_fault() {
 }
 
 proptest! {
-    /// Nobody waits for ever: after a fault, the page is settled, or an action that leads there was asked for.
+    /// Nobody waits for ever: after a fault, the page is settled, or an action that leads there was asked for, or it was
+    /// told that there is none.
     #[test]
     fn every_wait_is_answered(history in events()) {
         let mut state = PageState::Absent;
-        let (mut waiting, mut pending_work, mut claims) = (false, false, 0i32);
+        let (mut waiting, mut pending_work, mut told, mut claims) = (false, false, false, 0i32);
         for event in history {
             // Only what its owner can do: no result without a claim.
-            if matches!(event, PageEvent::Copied | PageEvent::AlreadyThere | PageEvent::Released) && claims == 0 {
+            use PageEvent as E;
+            let of_owner = matches!(event, E::Copied | E::AlreadyThere | E::Released | E::Withheld | E::Poisoned);
+            if of_owner && claims == 0 {
                 continue;
             }
             let (next, action) = step(state, event);
             match event {
                 PageEvent::Fault => waiting = true,
                 PageEvent::Copied | PageEvent::AlreadyThere => { claims -= 1; waiting = waiting && next == PageState::Removed && action == Action::None }
-                PageEvent::Released => { claims -= 1; pending_work = true }
+                PageEvent::Released | PageEvent::Poisoned => claims -= 1,
+                PageEvent::Withheld => { claims -= 1; told = true }
                 _ => {}
             }
             match action {
                 Action::Schedule => pending_work = true,
-                Action::Install => claims += 1,
-                Action::Wake | Action::InstallZero | Action::Poison => waiting = false,
+                // Whoever is on the way finds it claimed, and turns back.
+                Action::Install | Action::Poison => { claims += 1; (pending_work, told) = (false, false) }
+                Action::Wake | Action::InstallZero => waiting = false,
                 Action::None => {}
             }
             state = next;
             prop_assert!(claims <= 1, "claimed twice");
-            prop_assert!(!waiting || pending_work || claims > 0, "a vCPU waits and nobody works: {state:?}");
+            prop_assert!(!waiting || pending_work || told || claims > 0, "a vCPU waits and nobody works: {state:?}");
         }
     }
 

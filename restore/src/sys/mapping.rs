@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dormouse_core::page::PAGE_BYTES;
-use memmap2::{MmapOptions, MmapRaw, UncheckedAdvice};
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::plan::PageSize;
@@ -126,15 +126,26 @@ impl Mapping {
     ///
     /// Waits until the REMOVE event has been read, where the memory is registered with such events.
     pub fn discard(&self, first: u64, pages: u64) -> io::Result<()> {
-        let outside = || io::Error::new(io::ErrorKind::InvalidInput, "range outside the mapping");
-        let all = (self.bytes / PAGE_BYTES) as u64;
-        if first.checked_add(pages).is_none_or(|end| end > all) {
-            return Err(outside());
-        }
-        let (at, bytes) = (self.offset + first as usize * PAGE_BYTES, pages as usize * PAGE_BYTES);
+        let (at, bytes) = self.range(first, pages)?;
         // SAFETY: DONTNEED turns the range's bytes to zero (or to faults); all readers use atomics and
         // expect any bytes.
         unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, at, bytes) }
+    }
+
+    /// Leaves `pages` pages (of 4 KiB) from `first` on out of core dumps. To the kernel they are a mapping of their
+    /// own from then on.
+    pub fn leave_out_of_dumps(&self, first: u64, pages: u64) -> io::Result<()> {
+        let (at, bytes) = self.range(first, pages)?;
+        self.map.advise_range(Advice::DontDump, at, bytes)
+    }
+
+    /// Where `pages` pages from `first` on begin in what is mapped, and their bytes.
+    fn range(&self, first: u64, pages: u64) -> io::Result<(usize, usize)> {
+        let all = (self.bytes / PAGE_BYTES) as u64;
+        if first.checked_add(pages).is_none_or(|end| end > all) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "range outside the mapping"));
+        }
+        Ok((self.offset + first as usize * PAGE_BYTES, pages as usize * PAGE_BYTES))
     }
 }
 

@@ -112,4 +112,21 @@ mod model {
             assert!(woken.load(Ordering::Acquire) || action == Action::Wake || scheduled);
         });
     }
+
+    #[test]
+    fn a_fault_that_races_an_install_that_fails_is_answered() {
+        loom::model(|| {
+            let state = absent();
+            let s = state.clone();
+            let copier = thread::spawn(move || {
+                apply(&*s, PageEvent::Claim).2 == Action::Install
+                    && apply(&*s, PageEvent::Released).2 == Action::Wake
+            });
+            let action = apply(&*state, PageEvent::Fault).2;
+            let woken = copier.join().unwrap();
+            let scheduled =
+                action == Action::Schedule && apply(&*state, PageEvent::Claim).2 == Action::Install;
+            assert!(woken || scheduled, "a vCPU waits and nobody works");
+        });
+    }
 }

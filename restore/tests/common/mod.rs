@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses its part")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+pub mod scripted;
 pub mod stored;
 
 use std::collections::HashSet;

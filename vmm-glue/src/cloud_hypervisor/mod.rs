@@ -35,6 +35,7 @@
 mod ahead;
 pub mod api;
 pub mod counts;
+mod ending;
 pub mod fault_server;
 pub mod learned;
 pub mod memory;

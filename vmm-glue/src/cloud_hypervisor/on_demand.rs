@@ -23,7 +23,7 @@ use dormouse_restore::state::PageState;
 use dormouse_restore::{
     Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
     RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdError, UffdOptions,
-    VmStopped, WORKING_SET_PAGES_MAX,
+    WORKING_SET_PAGES_MAX,
 };
 use rustix::fs::SeekFrom;
 
@@ -107,13 +107,13 @@ pub(super) struct Served {
     pub(super) file: File,
     source: Arc<dyn PageSource>,
     pub(super) running: Mutex<Option<Running>>,
-    ended: Mutex<Option<ImageReport>>,
+    pub(super) ended: Mutex<Option<ImageReport>>,
 }
 
 pub(super) struct Running {
     pub(super) handle: RestoreHandle,
     /// For pages that the guest gave back; the same memory that the restore has.
-    memory: Memory,
+    pub(super) memory: Memory,
 }
 
 /// A slot being served.
@@ -125,21 +125,21 @@ pub(super) struct ServedSlot {
 
 /// How serving ends.
 #[derive(Debug, Default)]
-struct Failing {
+pub(super) struct Failing {
     /// Why the VM was ended rather than given a wrong page.
     why: Mutex<Option<String>>,
     /// Nobody is served any more, so that a page which does not come harms nobody.
-    over: AtomicBool,
+    pub(super) over: AtomicBool,
 }
 
 /// The memory of a VM that wakes.
 pub struct OnDemand {
     pub(super) images: Vec<Served>,
-    names: Vec<String>,
+    pub(super) names: Vec<String>,
     pub(super) slots: Vec<ServedSlot>,
     pub(super) counts: Counts,
     options: WakeOptions,
-    failing: Failing,
+    pub(super) failing: Failing,
     touches: Mutex<Touches>,
     pub(super) ahead: Ahead,
 }
@@ -163,7 +163,17 @@ impl OnDemand {
         laid_out: &[(LaidOut, Arc<dyn PageSource>)],
         options: WakeOptions,
     ) -> Result<Self, OnDemandError> {
-        let (mut images, mut names, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+        // Where one of several cannot be started, those before are ended with it.
+        let mut all = Self {
+            images: Vec::new(),
+            names: Vec::new(),
+            slots: Vec::new(),
+            counts: Counts::default(),
+            options,
+            failing: Failing::default(),
+            touches: Mutex::new(Touches::new(std::iter::empty())),
+            ahead: Ahead::default(),
+        };
         for (image, (laid_out, source)) in laid_out.iter().enumerate() {
             let file = memory_file(&laid_out.image, laid_out.bytes)?;
             let specs: Vec<RegionSpec> = laid_out.slots.iter().map(region).collect();
@@ -182,18 +192,17 @@ impl OnDemand {
                 Policy { retry: options.retry, demand_workers: 1, prefetch_workers: 1, ..recorded() };
             let handle = Restore::start(plan, Memory::own(uffd, &mappings)?, policy)?;
             let served = laid_out.slots.iter().enumerate();
-            slots.extend(served.map(|(region, at)| ServedSlot { at: *at, image, region }));
-            images.push(Served {
+            all.slots.extend(served.map(|(region, at)| ServedSlot { at: *at, image, region }));
+            all.images.push(Served {
                 file,
                 source,
                 running: Mutex::new(Some(Running { handle, memory })),
                 ended: Mutex::default(),
             });
-            names.push(laid_out.image.to_string());
+            all.names.push(laid_out.image.to_string());
         }
-        let touches = Mutex::new(Touches::new(slots.iter().map(|s| &s.at)));
-        let (counts, failing, ahead) = (Counts::default(), Failing::default(), Ahead::default());
-        Ok(Self { images, names, slots, counts, options, failing, touches, ahead })
+        all.touches = Mutex::new(Touches::new(all.slots.iter().map(|s| &s.at)));
+        Ok(all)
     }
 
     /// Begins to install pages that nobody has asked for, if the options say so.
@@ -376,34 +385,6 @@ impl OnDemand {
         let at = page.0 * PAGE;
         let found = self.images.get(slot.image).map(|i| rustix::fs::seek(&i.file, SeekFrom::Data(at)));
         matches!(found, Some(Ok(data)) if data == at)
-    }
-
-    /// Lets go of the memory: of a VM that has all of it, or is gone. Whoever waits for a page is not answered.
-    pub fn end(&self) {
-        self.failing.over.store(true, Ordering::Release);
-        for (image, name) in self.images.iter().zip(&self.names) {
-            let Some(Running { handle, memory }) = lock(&image.running).take() else { continue };
-            let timeline = handle.timeline();
-            let failures = handle.failures().iter().map(|e| e.to_string()).collect();
-            // No vCPU runs on this mapping: the guest has one of its own, which its VMM guards.
-            let counters = handle.stop(VmStopped::attest());
-            drop(memory);
-            *lock(&image.ended) = Some(ImageReport { image: name.clone(), counters, timeline, failures });
-        }
-    }
-
-    /// What befell the images, so far or until the end.
-    pub fn images(&self) -> Vec<ImageReport> {
-        let report = |(image, name): (&Served, &String)| match &*lock(&image.running) {
-            Some(Running { handle, .. }) => Some(ImageReport {
-                image: name.clone(),
-                counters: handle.counters(),
-                timeline: handle.timeline(),
-                failures: handle.failures().iter().map(|e| e.to_string()).collect(),
-            }),
-            None => lock(&image.ended).clone(),
-        };
-        self.images.iter().zip(&self.names).filter_map(report).collect()
     }
 }
 

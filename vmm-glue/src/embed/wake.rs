@@ -255,7 +255,11 @@ pub(super) fn wake_opened(
     let streamed = first.is_some();
     if let Some((first, source)) = first {
         // It goes on by itself; what it does not bring faults.
-        first.install(&restore, &source)?;
+        if let Err(error) = first.install(&restore, &source) {
+            // Dropped, it would serve memory that nobody has; nothing has run on that.
+            restore.stop(VmStopped::attest());
+            return Err(error.into());
+        }
     }
     let known = || streamed || known_first(&restore, opened.snapshot());
     let fills = match wake.prefetch {

@@ -96,10 +96,8 @@ impl Session {
         let keeping = Keeping::Taken { keeper, id, states: kept.states, snapshot: kept.record.snapshot };
         let memory = (kept.uffd, kept.record.regions);
         let from = From::Another(Box::new(opened.clone()), tracking);
-        Self::start_for(memory, process.clone(), from, options, keeping).map_err(|error| {
-            let process = Arc::into_inner(process);
-            Box::new(Refusal { error, peer, process })
-        })
+        Self::start_for(memory, process.clone(), from, options, keeping)
+            .map_err(|error| Box::new(Refusal { error, peer, process: Some(process) }))
     }
 }
 

@@ -6,6 +6,7 @@
 //! keeps the connection open for as long as it lives, so that its end tells of Firecracker's.
 
 pub mod api;
+mod beside;
 pub mod capture;
 mod earlier;
 pub mod handshake;

@@ -1,8 +1,7 @@
 //! One VM served: from its handshake until its process is gone.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::thread::{Builder, JoinHandle};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use dormouse_restore::{
@@ -11,14 +10,15 @@ use dormouse_restore::{
     WORKING_SET_PAGES_MAX,
 };
 
-use super::earlier::{Earlier, go_on_recording};
+use super::beside::accompany;
+use super::earlier::Earlier;
 use super::handshake::{Handshake, Peer};
 use super::kept_session::{Keeping, Kept};
 use super::regions::{self, Region};
 use super::shown::{announced, check_size, plan};
 use super::tracking::Tracking;
 use super::vmm_process::{VmmProcess, VmmProcessError};
-use super::watch::{Measured, Watch, Watching};
+use super::watch::{Measured, Watching};
 use crate::keeper::{KeepError, VmId};
 use crate::opened::{Opened, Waking};
 use crate::records::Record;
@@ -110,7 +110,7 @@ pub struct Refusal {
     /// Who it was.
     pub peer: Peer,
     /// Its process, if it could be taken hold of: it waits for its first page for ever, so end it.
-    pub process: Option<VmmProcess>,
+    pub process: Option<Arc<VmmProcess>>,
 }
 
 /// A VM being served. Dropping it does not end that: its memory is served for as long as this process lives.
@@ -197,10 +197,8 @@ impl Session {
             Err(error) => return Err(Box::new(Refusal { error: error.into(), peer, process: None })),
         };
         let Handshake { uffd, regions, .. } = handshake;
-        Self::start_for((uffd, regions), process.clone(), from, options, keeping).map_err(|error| {
-            let process = Arc::into_inner(process);
-            Box::new(Refusal { error, peer, process })
-        })
+        Self::start_for((uffd, regions), process.clone(), from, options, keeping)
+            .map_err(|error| Box::new(Refusal { error, peer, process: Some(process) }))
     }
 
     pub(super) fn start_for(
@@ -258,45 +256,34 @@ impl Session {
             ..Policy::default()
         };
         let (handle, kept) = match kept {
-            None => (Restore::start(plan, memory, policy)?, None),
+            None => (Restore::start(plan, memory, policy), None),
             Some((states, kept)) if kept.is_new => {
-                (Restore::start_kept(plan, memory, states, policy)?, Some(kept))
+                (Restore::start_kept(plan, memory, states, policy), Some(kept))
             }
-            Some((states, kept)) => (Restore::adopt(plan, memory, states, policy)?, Some(kept)),
+            Some((states, kept)) => (Restore::adopt(plan, memory, states, policy), Some(kept)),
         };
-        let handle = Arc::new(handle);
         let image_bytes = regions.iter().map(|r| r.bytes).sum();
-        let prefetch = options.prefetch && !options.page_by_page;
-        let (mut streaming, mut watch) = (None, None);
-        if let Some((first, recording, opened, tracking)) = waking {
-            if let Some((first, source)) = first {
-                streaming = Some(first.install(&handle, &source)?);
+        let begun = handle.and_then(|handle| {
+            let handle = Arc::new(handle);
+            match accompany(&handle, &process, waking, earlier, options, page_size) {
+                Ok(watch) => Ok((handle, watch)),
+                Err(error) => {
+                    // Firecracker's own copy of the userfaultfd keeps its guest from zeros, and it is to be ended.
+                    alone(handle).stop(VmStopped::attest());
+                    Err(error)
+                }
             }
-            // Filling the rest at once would hide what the machine touches beyond its stream.
-            let later = streaming.is_some() && record;
-            if record {
-                let (handle, process) = (handle.clone(), process.clone());
-                let watched = Watch::new(*opened, recording, options.record_window, handle, process)
-                    .complete(later || !prefetch)
-                    .rebuilds(!options.page_by_page)
-                    .fill_after(later && prefetch)
-                    .track(tracking);
-                watch = Some(watched.start()?);
+        });
+        match begun {
+            Ok((handle, watch)) => Ok(Self { handle, process, killed, image_bytes, kept, watch }),
+            Err(error) => {
+                // One that was kept before stays so, for the next who tries.
+                if let Some(kept) = kept.filter(|kept| kept.is_new) {
+                    kept.release();
+                }
+                Err(error.into())
             }
         }
-        let mut fill_later = false;
-        if let Some(earlier) = earlier {
-            // Filled already, or about to be: then there is nothing to be seen any more.
-            fill_later = prefetch && earlier.record.unfilled && !earlier.is_over();
-            let unfilled = earlier.record.unfilled && (fill_later || !prefetch);
-            watch = Some(go_on_recording(earlier, page_size, (unfilled, fill_later), &handle, &process)?);
-        }
-        match streaming {
-            Some(streaming) if prefetch && !record => fill_behind(streaming, Arc::downgrade(&handle))?,
-            None if prefetch && !fill_later => handle.fill_all(),
-            _ => {}
-        }
-        Ok(Self { handle, process, killed, image_bytes, kept, watch })
     }
 
     /// Firecracker's process.
@@ -363,18 +350,6 @@ fn alone(mut handle: Arc<RestoreHandle>) -> RestoreHandle {
         };
         std::thread::sleep(Duration::from_millis(1));
     }
-}
-
-/// Installs the rest once the stream is in place.
-fn fill_behind(streaming: JoinHandle<()>, handle: Weak<RestoreHandle>) -> Result<(), RestoreError> {
-    let run = move || {
-        // A stream that panicked has said so on its own, and the rest is wanted all the more.
-        let _ = streaming.join();
-        if let Some(handle) = handle.upgrade() {
-            handle.fill_all();
-        }
-    };
-    Builder::new().name("dm-fill-behind".into()).spawn(run).map(drop).map_err(RestoreError::Start)
 }
 
 /// A [`Session::detach`] that could not be done; the VM is served as before.

@@ -1,0 +1,45 @@
+//! How serving memory on demand ends, and what is told of it.
+
+use std::sync::atomic::Ordering;
+
+use dormouse_restore::VmStopped;
+
+use super::counts::ImageReport;
+use super::on_demand::{OnDemand, Running, Served, lock};
+
+impl OnDemand {
+    /// Lets go of the memory: of a VM that has all of it, or is gone. Whoever waits for a page is not answered.
+    pub fn end(&self) {
+        self.failing.over.store(true, Ordering::Release);
+        for (image, name) in self.images.iter().zip(&self.names) {
+            let Some(Running { handle, memory }) = lock(&image.running).take() else { continue };
+            let timeline = handle.timeline();
+            let failures = handle.failures().iter().map(|e| e.to_string()).collect();
+            // No vCPU runs on this mapping: the guest has one of its own, which its VMM guards.
+            let counters = handle.stop(VmStopped::attest());
+            drop(memory);
+            *lock(&image.ended) = Some(ImageReport { image: name.clone(), counters, timeline, failures });
+        }
+    }
+
+    /// What befell the images, so far or until the end.
+    pub fn images(&self) -> Vec<ImageReport> {
+        let report = |(image, name): (&Served, &String)| match &*lock(&image.running) {
+            Some(Running { handle, .. }) => Some(ImageReport {
+                image: name.clone(),
+                counters: handle.counters(),
+                timeline: handle.timeline(),
+                failures: handle.failures().iter().map(|e| e.to_string()).collect(),
+            }),
+            None => lock(&image.ended).clone(),
+        };
+        self.images.iter().zip(&self.names).filter_map(report).collect()
+    }
+}
+
+impl Drop for OnDemand {
+    /// A restore that is merely dropped goes on, as if a guest ran on its memory.
+    fn drop(&mut self) {
+        self.end();
+    }
+}
