@@ -13,11 +13,7 @@ use clap::{Args, Subcommand};
 use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::Name;
 use dormouse_vmm_glue::{
-    firecracker::{
-        ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-        Incoming, Jail, KeepWith, Refusal, Session, SessionReport, VmmProcess, capture, handshake::Peer,
-        memfile::MemFile, tracking::Base,
-    },
+    firecracker::{ConsoleInput, Firecracker, Incoming, KeepWith, Session, SessionReport, tracking::Base},
     keeper::{Keeper, KeptSnapshot},
     opened::Opened,
 };
@@ -27,10 +23,9 @@ use super::{
     cloud_hypervisor,
     keeping::KeepArgs,
     resume_kept,
-    serve_uffd::{
-        HANDSHAKE_PATIENCE, ServingArgs, listen_failure, noted, outlive, print_report, thread_failure,
-    },
-    standby::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure},
+    resume_load::{because, give_up, load, vmm},
+    serve_uffd::{ServingArgs, noted, outlive, print_report},
+    standby::{VMSTATE, micros, tracking},
 };
 use crate::{
     client::{self, MaybeDaemon},
@@ -38,12 +33,6 @@ use crate::{
     failure::{Failure, Status},
     traces::{self, TraceArgs},
 };
-
-/// How long Firecracker may take to start, and to ask for its memory.
-const START_PATIENCE: Duration = Duration::from_secs(30);
-
-/// The kind of failure of a VM that did not come for its memory.
-const NOBODY_CAME: &str = "vmm";
 
 /// Which VMM.
 #[derive(Debug, Subcommand)]
@@ -121,7 +110,7 @@ pub(crate) struct Phase {
 }
 
 /// Notes what has happened.
-struct Timeline {
+pub(super) struct Timeline {
     begun: Instant,
     phases: Vec<Phase>,
     traced: traces::Phases,
@@ -132,7 +121,7 @@ impl Timeline {
         Timeline { begun: Instant::now(), phases: Vec::new(), traced: traces::Phases::begin() }
     }
 
-    fn mark(&mut self, name: &'static str) {
+    pub(super) fn mark(&mut self, name: &'static str) {
         self.traced.over(name);
         self.phases.push(Phase { name: name.into(), at_us: micros(self.begun.elapsed()) });
     }
@@ -150,14 +139,6 @@ impl Timeline {
         }
         self.phases.sort_by_key(|p| p.at_us);
     }
-}
-
-/// A Firecracker, started here or found.
-struct Vmm {
-    api: ApiClient,
-    api_socket: PathBuf,
-    /// Killed when dropped, until it is let go.
-    started: Option<Firecracker>,
 }
 
 /// Where and how a VM is woken.
@@ -304,137 +285,6 @@ fn open(args: &ResumeArgs, store: &Store) -> Result<(Opened, Vec<u8>), Failure> 
     let opened = args.serving.open(store, &args.name, false)?;
     let state = opened.state(VMSTATE)?;
     Ok((opened, state))
-}
-
-fn vmm(args: &ResumeArgs, scratch: &Path, input: ConsoleInput, own_group: bool) -> Result<Vmm, Failure> {
-    let api_socket = args.api_socket.clone().unwrap_or_else(|| scratch.join("api.sock"));
-    let started = match &args.firecracker {
-        None => None,
-        Some(binary) => {
-            let options = FirecrackerOptions {
-                binary: binary.clone(),
-                api_socket: api_socket.clone(),
-                console: args.console.clone().unwrap_or_else(|| "/dev/null".into()),
-                input,
-                log: None,
-                own_group,
-            };
-            Some(Firecracker::spawn(&options, START_PATIENCE).map_err(|e| vmm_failure(&e))?)
-        }
-    };
-    let api = ApiClient::new(&api_socket, API_PATIENCE);
-    if started.is_none() && capture::is_running(&api).is_ok() {
-        // Whose load failed is ended, so it is not even tried.
-        let message = format!("the Firecracker at {} has a guest already", api_socket.display());
-        return Err(Failure::new("vmm", message));
-    }
-    Ok(Vmm { api, api_socket, started })
-}
-
-/// Loads the device state into `vmm` while its memory is served. Firecracker reads guest memory on the way.
-fn load(
-    args: &ResumeArgs,
-    vmm: &Vmm,
-    socket: &Path,
-    state: &[u8],
-    serve: impl FnOnce(Handshake) -> Result<Session, Box<Refusal>>,
-    timeline: &mut Timeline,
-) -> Result<(Session, Incoming), Failure> {
-    let process = process_at(&vmm.api_socket)?;
-    // Dropped once all is loaded.
-    let jail = Jail::of(&process).map_err(|e| vmm_failure(&e))?;
-    let (listener, socket) = match &jail {
-        None => (HandshakeListener::bind(socket), socket.to_owned()),
-        Some(jail) => {
-            let (listener, socket) = jail.listen("uffd.sock").map_err(|e| listen_failure(&e))?;
-            (Ok(listener), socket)
-        }
-    };
-    let listener = listener.map_err(|e| listen_failure(&e))?;
-    let incoming = Incoming::start(listener, HANDSHAKE_PATIENCE).map_err(|e| thread_failure(&e))?;
-    let state = match &jail {
-        None => MemFile::holding("dormouse-vmstate", state),
-        Some(jail) => jail.file_holding("vmstate", state),
-    };
-    let state = state.map_err(|e| Failure::new("memory", e.to_string()))?;
-    let session = thread::scope(|scope| {
-        let loading = scope.spawn(|| {
-            vmm.api.load_snapshot_uffd(&state.path_for_vmm(), &socket, !args.no_dirty_tracking, false)
-        });
-        let session =
-            wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
-                timeline.mark("handshake");
-                serve(handshake).map_err(|refusal| Failure::new("vm_refused", refusal.error.to_string()))
-            });
-        if let Err(failure) = &session
-            && (vmm.started.is_some() || failure.kind != NOBODY_CAME)
-        {
-            // It would wait for its memory for ever, and so would the thread that loads it. One that was found and never
-            // came for its memory may be running somebody else's guest by now: two may have asked for it at once.
-            give_up(&process);
-        }
-        let loaded = loading.join().unwrap_or_else(|_| {
-            Err(ApiError::Response {
-                request: "PUT /snapshot/load".into(),
-                what: "the thread that asked panicked".into(),
-            })
-        });
-        match (session, loaded) {
-            (Ok(session), Ok(())) => {
-                timeline.mark("load");
-                Ok(session)
-            }
-            (Ok(session), Err(error)) => {
-                give_up(&process);
-                Err(because(&session, &error))
-            }
-            // What Firecracker itself says is nearer to the cause than that it did not come.
-            (Err(failure), Err(error @ ApiError::Refused { .. })) if failure.kind == NOBODY_CAME => {
-                Err(vmm_failure(&error))
-            }
-            (Err(failure), _) => Err(failure),
-        }
-    })?;
-    Ok((session, incoming))
-}
-
-/// The handshake of `expected`. Whoever else comes to the socket is not the VM.
-fn wait_for_handshake(
-    incoming: &Incoming,
-    expected: Peer,
-    gave_up: impl Fn() -> bool,
-) -> Result<Handshake, Failure> {
-    let deadline = Instant::now() + START_PATIENCE;
-    loop {
-        // In this order: a VM that came and went on has a handshake waiting.
-        let over = gave_up() || Instant::now() >= deadline;
-        match incoming.next(if over { Duration::from_millis(200) } else { Duration::from_millis(5) }) {
-            Some(Ok(handshake)) if handshake.peer.pid == expected.pid => return Ok(handshake),
-            Some(Ok(handshake)) => {
-                tracing::warn!(pid = handshake.peer.pid, "a peer that is not the VM was sent away");
-            }
-            Some(Err(error)) => tracing::warn!(%error, "a peer was sent away"),
-            None if over => return Err(Failure::new(NOBODY_CAME, "Firecracker did not ask for its memory")),
-            None => {}
-        }
-    }
-}
-
-/// Ends a VM that did not come up.
-fn give_up(process: &VmmProcess) {
-    if let Err(error) = process.kill() {
-        tracing::error!(pid = process.peer().pid, %error, "Firecracker cannot be killed: end it yourself");
-    }
-}
-
-/// What Firecracker said, and what was wrong with its memory if anything was.
-fn because(session: &Session, error: &ApiError) -> Failure {
-    match session.report().killed_because {
-        Some(why) => {
-            Failure::new("vm_killed", format!("Firecracker was killed rather than given a wrong page: {why}"))
-        }
-        None => vmm_failure(error),
-    }
 }
 
 /// The next standby may then capture only what changed.
