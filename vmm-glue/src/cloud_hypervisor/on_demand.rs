@@ -41,6 +41,8 @@ const PAGE: u64 = PAGE_BYTES as u64;
 const ZERO_STEP_PAGES: u64 = 64;
 /// How long another thread is given to finish an install before it is looked at again.
 const INSTALL_WAIT: Duration = Duration::from_micros(20);
+/// Tries to put zeros in place before that counts as refused: about 20 s, as for other pages.
+const INSTALL_TRIES: u32 = 1000;
 /// First touches are recorded for this long.
 pub(super) const RECORD_WINDOW: Duration = Duration::from_secs(5);
 /// Waits are cut into pieces of this length, to look whether the VM is still there.
@@ -271,7 +273,8 @@ impl OnDemand {
                 }
                 Some(PageState::Installed | PageState::Removed) => {
                     self.counts.given_back.fetch_add(1, Ordering::AcqRel);
-                    if self.running(slot, |r| zero(r, slot.region, page))? {
+                    let zeros = || self.running(slot, |r| zero(r, slot.region, page));
+                    if patiently(zeros, || self.pause(LOOK_INTERVAL))? {
                         return Ok(());
                     }
                     return Err(self.withhold(address, "it was given back, and zeros cannot be put there"));
@@ -403,11 +406,26 @@ fn region(slot: &MemorySlot) -> RegionSpec {
     }
 }
 
-/// Puts zeros where the guest made a hole; false if that is not possible.
-fn zero(running: &Running, region: usize, page: u64) -> bool {
+/// Puts zeros where the guest made a hole.
+fn zero(running: &Running, region: usize, page: u64) -> Outcome {
     let pages = running.memory.regions().get(region).and_then(|r| r.pages(page, 1));
-    let done = |outcome| matches!(outcome, Outcome::Done | Outcome::AlreadyThere);
-    pages.is_some_and(|pages| done(pages.zero()))
+    pages.map_or(Outcome::Refused(libc::EINVAL), |pages| pages.zero())
+}
+
+/// Whether `install` did it, in the end: that the host has no memory just now, or that the memory is changing, passes.
+/// False if `pause`, between two tries, says that nobody waits any more.
+fn patiently<E>(
+    mut install: impl FnMut() -> Result<Outcome, E>,
+    mut pause: impl FnMut() -> bool,
+) -> Result<bool, E> {
+    for _ in 0..INSTALL_TRIES {
+        match install()? {
+            Outcome::Done | Outcome::AlreadyThere => return Ok(true),
+            Outcome::Again | Outcome::NoMemory if pause() => {}
+            _ => break,
+        }
+    }
+    Ok(false)
 }
 
 /// First touches are recorded as for other machines.
@@ -418,3 +436,7 @@ fn recorded() -> Policy {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+#[path = "on_demand_tests.rs"]
+mod tests;

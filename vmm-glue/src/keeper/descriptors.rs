@@ -41,7 +41,8 @@ pub(super) fn send(
 }
 
 /// Receives one message into `buffer`: how long it is, and what descriptors came with it. Length zero: the peer is
-/// gone. A message that does not fit, or with more descriptors than a message has, is an error, and is gone.
+/// gone. A message that does not fit is an error, and is gone; so is one with more descriptors than a message has or than
+/// this process may open, whose error is `EMFILE`.
 pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -59,11 +60,11 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
             descriptors.extend(fds);
         }
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "a message too long, or with more descriptors than there is room for",
-        ));
+    if received.flags.contains(ReturnFlags::TRUNC) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a message too long"));
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(rustix::io::Errno::MFILE.into());
     }
     Ok((received.bytes, descriptors))
 }

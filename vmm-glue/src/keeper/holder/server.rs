@@ -142,6 +142,14 @@ impl Holder {
                 Ok((0, _)) => return false,
                 Ok(received) => received,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return true,
+                Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
+                    let why = "there is no room for the descriptors of this message: raise the holder's limit of open \
+                               files (LimitNOFILE, ulimit -n)";
+                    if !answer(peer.fd.as_fd(), &Response::Refused { why: why.into() }, None) {
+                        return false;
+                    }
+                    continue;
+                }
                 Err(_) => return false,
             };
             let message = buffer.get(..bytes).unwrap_or_default();

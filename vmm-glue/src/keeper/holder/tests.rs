@@ -209,6 +209,33 @@ fn nonsense_is_refused_and_disturbs_nobody() {
     drop(silent);
 }
 
+/// As by a holder that may open no more files: the kernel drops the descriptors it has no room for. The connection was
+/// closed for that, and with it went the word for all VMs that its process served.
+#[test]
+fn descriptors_for_which_there_is_no_room_are_refused_and_the_connection_lives() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let (held, process) = (Held::start(), Sleeper::start());
+    let client = held.client();
+    let connection = super::socket::connect(&held.socket()).expect("connected");
+    let mut buffer = vec![0; message::MESSAGE_BYTES_MAX];
+    let mut answer = || {
+        let (bytes, _) = descriptors::receive(connection.as_fd(), &mut buffer).expect("an answer");
+        String::from_utf8_lossy(&buffer[..bytes]).into_owned()
+    };
+    let many = [(); descriptors::DESCRIPTORS_MAX * 4].map(|()| memfd("x"));
+    let fds: Vec<_> = many.iter().map(AsFd::as_fd).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let keep = std::io::IoSlice::new(b"{\"do\":\"keep\",\"id\":\"a\"}\n");
+    sendmsg(&connection, &[keep], &mut control, SendFlags::NOSIGNAL).expect("sent");
+    let refused = answer();
+    assert!(refused.contains("refused") && refused.contains("LimitNOFILE"), "{refused}");
+    descriptors::send(connection.as_fd(), None, b"{\"do\":\"hello\",\"version\":1}\n", &[]).expect("sent");
+    assert!(answer().contains("done"), "the connection is as good as before");
+    client.keep(&vm("a", &process.0)).expect("nothing was kept by that name");
+}
+
 #[test]
 fn what_somebody_kept_that_makes_no_sense_holds_up_no_other() {
     let (held, process) = (Held::start(), Sleeper::start());
