@@ -117,6 +117,21 @@ impl Scene {
         }
     }
 
+    /// Does `meanwhile` between a collector's look at its lease and its first deletion of a pack; it goes on after that. Its
+    /// lease is long over by then.
+    fn while_a_collector_is_stopped(&self, meanwhile: impl FnOnce()) {
+        let gate = Gate::default();
+        let (_, slow) = self.stopped_at(&gate, |op, key| op == "delete" && key.contains("/packs/"));
+        thread::scope(|scope| {
+            let slow = scope.spawn(|| gate.pass(|| slow.gc(AT_ONCE)));
+            gate.wait_until_somebody_is_stopped();
+            self.age("gc/lease", HOUR);
+            meanwhile();
+            gate.open();
+            let _ = slow.join().unwrap();
+        });
+    }
+
     fn check(&self, machine: &Machine, name: &str) {
         machine.remember().check(&self.store(), name).unwrap();
         let report = self.store().verify(None, VerifyDepth::Content, &NoProgress).unwrap();
@@ -138,18 +153,11 @@ fn a_collector_that_goes_on_deletes_nothing_that_was_stored_again_meanwhile() {
     let machine = Machine::new(60, 8);
     machine.import(&scene.store(), "a", None).unwrap();
     scene.store().remove(&name("a")).unwrap();
-    let gate = Gate::default();
-    let (_, slow) = scene.stopped_at(&gate, |op, key| op == "delete" && key.contains("/packs/"));
-    thread::scope(|scope| {
-        let slow = scope.spawn(|| gate.pass(|| slow.gc(AT_ONCE)));
-        gate.wait_until_somebody_is_stopped();
-        scene.age("gc/lease", HOUR);
+    scene.while_a_collector_is_stopped(|| {
         let report = scene.store().gc(AT_ONCE).unwrap();
         assert!(report.deleted_objects >= 2, "{report:?}");
         // The same pages make the same packs, which the first collector is still about to delete.
         machine.import(&scene.store(), "b", None).unwrap();
-        gate.open();
-        let _ = slow.join().unwrap();
     });
     scene.check(&machine, "b");
     // What protects from a predecessor stands for a week, and goes then.
@@ -190,18 +198,11 @@ fn a_collector_that_goes_on_is_reckoned_with_after_a_repacker_had_its_lease() {
     other.import(&scene.store(), "other", None).unwrap();
     machine.import(&scene.store(), "a", None).unwrap();
     scene.store().remove(&name("a")).unwrap();
-    let gate = Gate::default();
-    let (_, slow) = scene.stopped_at(&gate, |op, key| op == "delete" && key.contains("/packs/"));
-    thread::scope(|scope| {
-        let slow = scope.spawn(|| gate.pass(|| slow.gc(AT_ONCE)));
-        gate.wait_until_somebody_is_stopped();
-        scene.age("gc/lease", HOUR);
+    scene.while_a_collector_is_stopped(|| {
         // It takes the lease over from who is stopped, and gives it back; the next collector need not wait.
         scene.store().repack(RepackOptions { level: 1, ..Default::default() }, &NoProgress).unwrap();
         scene.store().gc(AT_ONCE).unwrap();
         machine.import(&scene.store(), "b", None).unwrap();
-        gate.open();
-        let _ = slow.join().unwrap();
     });
     scene.check(&machine, "b");
 }
@@ -251,16 +252,9 @@ fn a_collector_that_goes_on_deletes_nothing_that_a_second_repacking_made() {
     });
     let dying = Store::with_backend(Arc::new(dying), StoreOptions::default());
     assert!(matches!(dying.repack(options, &NoProgress), Err(StoreError::Unavailable { .. })));
-    let gate = Gate::default();
-    let (_, slow) = scene.stopped_at(&gate, |op, key| op == "delete" && key.contains("/packs/"));
-    thread::scope(|scope| {
-        let slow = scope.spawn(|| gate.pass(|| slow.gc(AT_ONCE)));
-        gate.wait_until_somebody_is_stopped();
-        scene.age("gc/lease", HOUR);
+    scene.while_a_collector_is_stopped(|| {
         // The same pages and the same level: what it makes must not be what is about to be deleted.
         assert_eq!(scene.store().repack(options, &NoProgress).unwrap().moved_snapshots, 1);
-        gate.open();
-        let _ = slow.join().unwrap();
     });
     scene.check(&machine, "a");
     scene.store().gc(AT_ONCE).unwrap();

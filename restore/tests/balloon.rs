@@ -7,6 +7,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use common::scripted::counted_kill;
 use common::{Rng, TestImage, own, uffd_or_skip, verify};
 use dormouse_core::page::{PAGE_BYTES, PageIndex};
 use dormouse_restore::install::Installer;
@@ -183,12 +184,8 @@ fn a_fault_that_is_overtaken_by_detach_does_not_end_the_vm() {
     let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
     let (asked, is_asked) = std::sync::mpsc::channel();
     let (answered, over) = std::sync::mpsc::channel();
-    let killed = Arc::new(AtomicU8::new(0));
-    let kill = killed.clone();
-    let kill: dormouse_restore::policy::KillVm = Arc::new(move |_| {
-        kill.fetch_add(1, Ordering::SeqCst);
-    });
-    let policy = Policy { fail_closed: dormouse_restore::FailClosed::Kill(kill), ..Policy::default() };
+    let (fail_closed, killed) = counted_kill();
+    let policy = Policy { fail_closed, ..Policy::default() };
     let handle = Restore::start_with(plan, memory, policy, |memory, counters| {
         let inner = dormouse_restore::install::UffdCopy::new(memory, counters);
         Box::new(Late { inner, asked, over: std::sync::Mutex::new(over) })

@@ -15,11 +15,11 @@ use dormouse_restore::outcome::Outcome;
 use dormouse_restore::plan::Span;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
-    FrameToken, Mapping, PageSize, Policy, Restore, RestoreError, SourceError, SourceErrorKind, Uffd,
-    UffdOptions, VmStopped,
+    FrameToken, Mapping, PageSize, Policy, Restore, RestoreError, RestoreHandle, SourceError,
+    SourceErrorKind, Uffd, UffdOptions, VmStopped,
 };
 
-fn settled(handle: &dormouse_restore::RestoreHandle, mut pages: std::ops::Range<u64>) -> bool {
+fn settled(handle: &RestoreHandle, mut pages: std::ops::Range<u64>) -> bool {
     pages.all(|page| handle.page_state(PageIndex(page)).unwrap().is_settled())
 }
 
@@ -33,6 +33,17 @@ fn verify_zero(mapping: &Mapping, pages: std::ops::Range<u64>) {
 fn read(image: &Arc<TestImage>, mapping: &Arc<Mapping>, page: u64) -> std::thread::JoinHandle<()> {
     let (image, mapping) = (image.clone(), mapping.clone());
     std::thread::spawn(move || verify(&image, &mapping, page))
+}
+
+/// What whoever waits for a fill that cannot be had is told; given up once `enough`.
+fn refused_fill(handle: &Arc<RestoreHandle>, enough: impl Fn() -> bool) -> Arc<RestoreError> {
+    let filler = std::thread::spawn({
+        let handle = handle.clone();
+        move || handle.wait_filled()
+    });
+    until("the fill", || filler.is_finished() || enough());
+    assert!(!enough(), "the VM was ended");
+    filler.join().unwrap().unwrap_err()
 }
 
 /// The VMM has changed the protection of a part of guest memory: the kernel installs nothing across the bound, and
@@ -201,13 +212,7 @@ fn a_fill_that_is_refused_ends_nothing_and_is_told() {
     let handle = Restore::start_with(plan, memory, policy, scripted(refusing)).unwrap();
     let handle = Arc::new(handle);
     handle.fill_all();
-    let filler = std::thread::spawn({
-        let handle = handle.clone();
-        move || handle.wait_filled()
-    });
-    until("the fill", || filler.is_finished() || killed.load(Ordering::SeqCst) > 0);
-    assert_eq!(killed.load(Ordering::SeqCst), 0, "the VM was ended");
-    let refused = filler.join().unwrap().unwrap_err();
+    let refused = refused_fill(&handle, || killed.load(Ordering::SeqCst) > 0);
     assert!(matches!(*refused, RestoreError::Install { page: PageIndex(32), .. }), "{refused}");
     assert!(handle.failures().is_empty(), "nothing was withheld");
     mended.store(true, Ordering::SeqCst);
@@ -232,12 +237,7 @@ fn a_fill_that_passed_over_pages_that_then_fail_is_told() {
     handle.install_run(PageIndex(0), &image.bytes(0, 8)).unwrap_err();
     handle.install_run(PageIndex(8), &image.bytes(8, 56)).unwrap();
     let handle = Arc::new(handle);
-    let filler = std::thread::spawn({
-        let handle = handle.clone();
-        move || handle.wait_filled()
-    });
-    until("the fill", || filler.is_finished());
-    let refused = filler.join().unwrap().unwrap_err();
+    let refused = refused_fill(&handle, || false);
     assert!(matches!(*refused, RestoreError::Install { page: PageIndex(0), .. }), "{refused}");
     let handle = Arc::into_inner(handle).unwrap();
     handle.detach().unwrap();
@@ -259,12 +259,7 @@ fn a_fill_that_lacks_a_withheld_page_is_told() {
     for (first, pages) in [(0, 3), (4, 60)] {
         handle.install_run(PageIndex(first), &image.bytes(first, pages)).unwrap();
     }
-    let filler = std::thread::spawn({
-        let handle = handle.clone();
-        move || handle.wait_filled()
-    });
-    until("the fill", || filler.is_finished());
-    let refused = filler.join().unwrap().unwrap_err();
+    let refused = refused_fill(&handle, || false);
     assert!(matches!(*refused, RestoreError::Page { page: PageIndex(3), .. }), "{refused}");
     handle.install_run(PageIndex(3), &image.bytes(3, 1)).unwrap();
     reader.join().unwrap();
