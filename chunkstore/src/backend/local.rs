@@ -49,7 +49,7 @@ impl LocalBackend {
             url,
             prefix: object_store::path::Path::default(),
             store: Arc::new(store),
-            runner: Runner::Inline,
+            runner: Runner::INLINE,
         };
         Ok(LocalBackend { root, objects })
     }

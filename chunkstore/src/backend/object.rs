@@ -14,16 +14,29 @@ use crate::error::{Result, StoreError};
 
 /// How futures are run: network clients need a runtime, the local file system does not.
 #[derive(Debug)]
-pub(super) enum Runner {
-    Inline,
-    Runtime(tokio::runtime::Runtime),
-}
+pub(super) struct Runner(Option<tokio::runtime::Runtime>);
 
 impl Runner {
+    pub(super) const INLINE: Self = Runner(None);
+
+    pub(super) fn on(runtime: tokio::runtime::Runtime) -> Self {
+        Runner(Some(runtime))
+    }
+
     fn run<F: Future>(&self, future: F) -> F::Output {
-        match self {
-            Runner::Inline => futures::executor::block_on(future),
-            Runner::Runtime(runtime) => runtime.block_on(future),
+        match &self.0 {
+            None => futures::executor::block_on(future),
+            Some(runtime) => runtime.block_on(future),
+        }
+    }
+}
+
+impl Drop for Runner {
+    /// Waits for nobody: whoever lets go of a store last may be a thread of another runtime, which may not wait. Nothing is
+    /// under way then, as every call waits for its end.
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
         }
     }
 }

@@ -77,7 +77,7 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
         other => return Err(usage(format!("{other:?} is an unknown scheme"))),
     };
     let runner = if parsed.scheme() == "memory" {
-        Runner::Inline
+        Runner::INLINE
     } else {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -85,7 +85,7 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
             .enable_all()
             .build()
             .map_err(|e| StoreError::Usage(format!("no threads for the store's client: {e}")))?;
-        Runner::Runtime(runtime)
+        Runner::on(runtime)
     };
     let prefix =
         object_store::path::Path::parse(parsed.path().trim_matches('/')).map_err(|e| usage(e.to_string()))?;

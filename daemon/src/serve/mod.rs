@@ -99,9 +99,6 @@ pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Fail
         let backend = Counted { inner: open_url(&settings.store_url)?, metrics: store_metrics.clone() };
         // A store that is away now may be back when it is needed.
         let store = Store::with_backend(Arc::new(backend), settings.store_options);
-        // It lives as long as the process: that of an object store has threads of its own, and they may not be waited
-        // for here, where the last to let go of it may be, nor on the threads that carry requests.
-        std::mem::forget(store.clone());
         let metrics = Metrics::new(&store_metrics);
         let control = Control::bind(&settings.control)?;
         let daemon = Arc::new(Daemon::new(
