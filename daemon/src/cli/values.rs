@@ -85,7 +85,7 @@ impl FromStr for Label {
 }
 
 /// A hundred years: moments that far away can be reckoned with.
-const LONGEST_S: u64 = 100 * 365 * 24 * 60 * 60;
+pub(crate) const LONGEST_S: u64 = 100 * 365 * 24 * 60 * 60;
 
 /// A length of time: a number and `s`, `m`, `h` or `d`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {

@@ -11,7 +11,7 @@ use dormouse_vmm_glue::firecracker::SessionReport;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cli::values::Part,
+    cli::values::{LONGEST_S, Part},
     client::MaybeDaemon,
     commands::{
         resume::{self, ResumeArgs},
@@ -137,6 +137,13 @@ pub(crate) enum State {
     Failed,
 }
 
+impl State {
+    /// Whether the VM is gone or never was.
+    pub(super) fn is_over(self) -> bool {
+        matches!(self, State::Ended | State::Failed)
+    }
+}
+
 /// Where a VM comes from.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
@@ -253,9 +260,6 @@ pub(crate) fn absolute(what: &str, path: &Path) -> Result<(), Failure> {
     }
     Err(Failure::usage(format!("{what} {} must be an absolute path", path.display())))
 }
-
-/// Longest time in a request.
-const LONGEST_S: u64 = 100 * 365 * 24 * 3600;
 
 pub(super) fn seconds(what: &str, seconds: u64) -> Result<Duration, Failure> {
     if seconds > LONGEST_S {

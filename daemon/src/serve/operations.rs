@@ -1,11 +1,7 @@
 //! What can be done with a VM: standby, stop, detach. Each is done once however often it is asked for, and goes on
 //! when whoever asked hangs up.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use dormouse_chunkstore::NoProgress;
 use dormouse_vmm_glue::firecracker::ApiClient;
@@ -43,7 +39,7 @@ pub(super) async fn standby(
         return Err(Failure::usage(format!("give api_socket: it is not known for {}", vm.id)));
     };
     if let Some(socket) = &request.api_socket {
-        is_of(vm, socket.clone()).await?;
+        is_of(vm, socket).await?;
     }
     if vm.is_over() {
         return Err(Failure::new("not_served", format!("{} is no more", vm.id)));
@@ -67,14 +63,11 @@ pub(super) async fn standby(
 }
 
 /// Refuses an API socket that is another VM's.
-async fn is_of(vm: &Arc<Vm>, socket: PathBuf) -> Result<(), Failure> {
+async fn is_of(vm: &Vm, socket: &Path) -> Result<(), Failure> {
     let Some(process) = vm.lock().process.clone() else { return Ok(()) };
-    let asked = socket.clone();
-    let found = tokio::task::spawn_blocking(move || process_at(&asked)).await;
-    let found = found.map_err(|e| Failure::new("bug", e.to_string()))?;
-    match found {
-        Ok(found) if found.peer().pid != process.pid() => {
-            let (at, pid) = (socket.display(), found.peer().pid);
+    match held(socket).await {
+        Ok(found) if found.pid() != process.pid() => {
+            let (at, pid) = (socket.display(), found.pid());
             Err(Failure::usage(format!("api_socket: process {pid}, not {}, listens at {at}", vm.id)))
         }
         // Nobody there: that is for the standby itself to tell.
@@ -102,10 +95,7 @@ pub(super) async fn standby_at(daemon: &Arc<Daemon>, request: StandbyRequest) ->
     };
     // What can be refused is refused before anything is looked for.
     request.args(&socket)?;
-    let asked = socket.clone();
-    let found = tokio::task::spawn_blocking(move || held(&asked)).await;
-    let found = found.map_err(|e| Failure::new("bug", e.to_string()))?;
-    let process = match found {
+    let process = match held(&socket).await {
         Ok(process) => process,
         // Nobody is there. If this is what put it on standby, its answer may have been lost.
         Err(failure) => {
@@ -135,9 +125,13 @@ pub(super) async fn standby_at(daemon: &Arc<Daemon>, request: StandbyRequest) ->
     standby(daemon, &vm, request).await
 }
 
-fn held(socket: &Path) -> Result<Process, Failure> {
-    let vmm = process_at(socket)?;
-    Process::of(&vmm).map_err(|e| Failure::new("vmm", e.to_string()))
+/// The process that listens at `socket`.
+async fn held(socket: &Path) -> Result<Process, Failure> {
+    let socket = socket.to_owned();
+    let found = tokio::task::spawn_blocking(move || {
+        Process::of(&process_at(&socket)?).map_err(|e| Failure::new("vmm", e.to_string()))
+    });
+    found.await.map_err(|e| Failure::new("bug", e.to_string()))?
 }
 
 /// Ends a VM.

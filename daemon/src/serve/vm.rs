@@ -127,18 +127,21 @@ impl Vm {
 
     /// Its memory is served no more. One that has ended meanwhile stays ended.
     pub(super) fn set_detached(&self) {
-        self.state.send_if_modified(|state| {
-            let goes_on = !matches!(state, State::Ended | State::Failed);
+        let detached = self.state.send_if_modified(|state| {
+            let goes_on = !state.is_over();
             if goes_on {
                 *state = State::Detached;
             }
             goes_on
         });
+        if detached {
+            tracing::info!(parent: &self.span(), state = ?State::Detached, "state");
+        }
     }
 
     /// Whether it is gone or never was.
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.state(), State::Ended | State::Failed)
+        self.state().is_over()
     }
 
     /// Whether something is under way with it.
@@ -157,7 +160,7 @@ impl Vm {
     /// Waits until it is over, for `patience` at most.
     pub(super) async fn wait_over(&self, patience: Duration) -> bool {
         let mut state = self.state.subscribe();
-        let over = state.wait_for(|s| matches!(s, State::Ended | State::Failed));
+        let over = state.wait_for(|s| s.is_over());
         tokio::time::timeout(patience, over).await.is_ok()
     }
 
