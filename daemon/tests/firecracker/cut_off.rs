@@ -31,10 +31,6 @@ fn a_guest_that_a_killed_standby_left_paused_runs_on_when_the_next_fails_or_keep
     let machine = scene.boot(true);
     machine.console.wait_for(".", 1);
     let store = HeldStore::start(scene.path("store"), Duration::ZERO);
-    let runs_on = || {
-        let passes = machine.console.times(".");
-        machine.console.wait_for(".", passes + 1);
-    };
 
     left_paused(&scene, &machine, &store);
     // Where packs should be written there is a file.
@@ -47,20 +43,20 @@ fn a_guest_that_a_killed_standby_left_paused_runs_on_when_the_next_fails_or_keep
     let answer = serde_json::from_slice::<Value>(&output.stdout).unwrap();
     let message = answer["error"]["message"].as_str().unwrap_or_else(|| panic!("{answer}"));
     assert!(message.contains("nothing was stored and the VM runs on"), "{message}");
-    runs_on();
+    machine.console.goes_on(1);
     fs::remove_file(&packs).unwrap();
     fs::rename(&aside, &packs).unwrap();
 
     left_paused(&scene, &machine, &store);
     let kept = document(&standby(&scene, &store, "later", &["--keep-running"]).output().unwrap());
     assert_eq!(kept["ended"], false, "{kept}");
-    runs_on();
+    machine.console.goes_on(1);
 
     // What is refused leaves it no worse.
     left_paused(&scene, &machine, &store);
     let refused = standby(&scene, &store, "later", &["--parent", "nobody"]).output().unwrap();
     assert!(String::from_utf8_lossy(&refused.stdout).contains("no_such_snapshot"), "{refused:?}");
-    runs_on();
+    machine.console.goes_on(1);
     machine.console.assert_no_wrong_page();
 }
 

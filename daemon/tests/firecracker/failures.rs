@@ -109,8 +109,7 @@ fn a_standby_that_cannot_be_stored_leaves_the_guest_running() {
     let error = serde_json::from_slice::<Value>(&output.stdout).unwrap();
     let message = error["error"]["message"].as_str().unwrap();
     assert!(message.contains("nothing was stored and the VM runs on"), "{message}");
-    let passes = machine.console.times(".");
-    machine.console.wait_for(".", passes + 1);
+    machine.console.goes_on(1);
     fs::remove_file(scene.path("store/plain/packs")).unwrap();
     // Pages that the failed attempt captured count as dirty no more, so all are captured now.
     let document = scene.done("home", &[&arguments[..], &["--keep-running"]].concat());
@@ -139,8 +138,7 @@ fn what_can_be_refused_is_refused_before_the_guest_is_touched() {
     let arguments = ["standby", "firecracker", "--api-socket", &scene.text("boot.sock"), "vm"];
     let output = scene.dormouse("home", &arguments).output().unwrap();
     assert_eq!(output.status.code(), Some(2), "the name is taken");
-    let passes = machine.console.times(".");
-    machine.console.wait_for(".", passes + 1);
+    machine.console.goes_on(1);
     // A resume of what is not there ends the Firecracker it started.
     let arguments = ["resume", "firecracker", "nobody", "--firecracker", scene.binary()];
     let output = scene.dormouse("home", &arguments).output().unwrap();

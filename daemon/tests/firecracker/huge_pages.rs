@@ -81,8 +81,7 @@ fn a_guest_of_huge_pages_outlives_its_daemon_and_sleeps() {
             daemon = Served::start(&scene, &[]);
             wait_until("the VM", || daemon.get(&format!("/v1/vms/{id}"))["state"] == "running");
         }
-        let passes = console.times(".");
-        console.wait_for(".", passes + 2);
+        console.goes_on(2);
         let standby = daemon.post(&format!("/v1/vms/{id}/standby"), &json!({"name": id}));
         assert_eq!(standby["ended"], true, "{standby}");
         console.assert_no_wrong_page();

@@ -9,6 +9,7 @@ use crate::scene::{Console, PATIENCE, Running, Scene, scene, wait_until};
 use crate::serve_uffd::parked;
 use crate::served::{Mortal, Served, is_there, request};
 use crate::slow_s3::use_store;
+use crate::two_standbys::standby;
 
 pub(crate) fn start(scene: &Scene, store: &HeldStore) -> Served {
     Served::start_with(scene, &[], |command| use_store(command, &store.address))
@@ -96,8 +97,7 @@ fn a_guest_that_somebody_let_run_on_after_it_was_stored_is_not_ended() {
     });
     assert_eq!(state(&vm), "Paused", "nobody lets it run either");
     api(&vm).resume().unwrap();
-    let passes = console.times(".");
-    console.wait_for(".", passes + 1);
+    console.goes_on(1);
     console.assert_no_wrong_page();
 }
 
@@ -107,13 +107,7 @@ fn a_standby_killed_once_its_snapshot_is_durable_is_finished_by_the_next() {
     let machine = scene.boot(true);
     machine.console.wait_for(".", 1);
     let store = HeldStore::start(scene.path("store"), Duration::ZERO);
-    let socket = scene.text("boot.sock");
-    let standby = |name: &str| {
-        let arguments = ["standby", "firecracker", "--no-daemon", "--api-socket", &socket, name];
-        let mut command = scene.dormouse("home", &arguments);
-        use_store(&mut command, &store.address);
-        command
-    };
+    let standby = |name: &str| standby(&scene, &store, name, &[]);
     store.hold(Hold::BeforeItIsAnswered);
     let first = Running::start(standby("later"));
     store.wait_held();

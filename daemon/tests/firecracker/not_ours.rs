@@ -5,17 +5,17 @@ use std::os::unix::process::CommandExt as _;
 
 use serde_json::{Value, json};
 
-use crate::scene::{Running, scene, wait_until};
+use crate::scene::{Console, Running, scene, wait_until};
 use crate::serve_uffd::parked;
 use crate::served::{Mortal, Served, is_there, kill, served};
 
 /// Times that two are asked for at once.
 const ROUNDS: usize = 4;
 
-fn goes_on(machine: &crate::scene::Machine) {
-    let passes = machine.console.times(".");
-    machine.console.wait_for(".", passes + 2);
-    machine.console.assert_no_wrong_page();
+/// The guest runs, and rightly.
+fn goes_on(console: &Console) {
+    console.goes_on(2);
+    console.assert_no_wrong_page();
 }
 
 #[test]
@@ -33,7 +33,7 @@ fn two_requests_for_one_firecracker_wake_one_guest_and_leave_it() {
         });
         let good = answers.iter().filter(|(status, _)| *status == 201).count();
         assert_eq!(good, 1, "{answers:?}");
-        goes_on(&machine);
+        goes_on(&machine.console);
     }
 }
 
@@ -54,7 +54,7 @@ fn two_commands_for_one_firecracker_wake_one_guest_and_leave_it() {
         });
         let refused = both.remove(ended.unwrap()).end();
         assert!(!refused.status.success(), "both were served: {refused:?}");
-        goes_on(&machine);
+        goes_on(&machine.console);
     }
 }
 
@@ -75,7 +75,7 @@ fn a_vm_outlives_a_daemon_that_keeps_none() {
     wait_until("it to be taken up", || daemon.get("/v1/vms/one")["state"] != "starting");
     let again = daemon.get("/v1/vms/one");
     assert_eq!((&again["state"], &again["pid"]), (&json!("running"), &vm["pid"]), "{again}");
-    goes_on(&machine);
+    goes_on(&machine.console);
 }
 
 #[test]
@@ -94,9 +94,7 @@ fn ctrl_c_at_the_daemons_terminal_leaves_its_vms() {
     let daemon = Served::start(&scene, &[]);
     wait_until("it to be taken up", || daemon.get("/v1/vms/one")["state"] == "running");
     assert_eq!(daemon.get("/v1/vms/one")["pid"], vm["pid"]);
-    let passes = console.times(".");
-    console.wait_for(".", passes + 2);
-    console.assert_no_wrong_page();
+    goes_on(&console);
 }
 
 #[test]
@@ -129,8 +127,7 @@ fn a_vm_is_not_put_on_standby_by_another_vms_socket() {
     let sleep = json!({"name": "later", "api_socket": two["api_socket"]});
     assert_eq!(daemon.refused("POST", "/v1/vms/one/standby", &sleep), (400, "usage".into()));
     assert!(is_there(one["pid"].as_u64().unwrap()) && is_there(two["pid"].as_u64().unwrap()));
-    let passes = console.times(".");
-    console.wait_for(".", passes + 1);
+    console.goes_on(1);
 }
 
 /// Its document comes when the VM runs; what goes wrong later is told on standard error and by the exit code.

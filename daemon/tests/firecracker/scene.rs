@@ -141,6 +141,11 @@ impl Console {
         });
     }
 
+    /// Waits until the guest has verified its memory so many times more.
+    pub(crate) fn goes_on(&self, passes: usize) {
+        self.wait_for(".", self.times(".") + passes);
+    }
+
     pub(crate) fn assert_no_wrong_page(&self) {
         assert_eq!((self.times("X"), self.times("x"), self.times("!")), (0, 0, 0), "{}", self.said());
     }

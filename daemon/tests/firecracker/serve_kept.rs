@@ -32,8 +32,7 @@ fn a_killed_daemons_vms_are_taken_up_again_by_the_next() {
         let again = daemon.get("/v1/vms/one");
         assert_eq!((&again["pid"], &again["origin"]["kind"]), (&vm["pid"], &json!("kept")), "{again}");
     }
-    let passes = console.times(".");
-    console.wait_for(".", passes + 2);
+    console.goes_on(2);
     // The request that woke it, repeated to another daemon, still wakes no second one.
     let (again, _) = daemon.wake(&scene, "one", json!({"prefetch": false}));
     assert_eq!(again["pid"], vm["pid"]);
@@ -69,8 +68,7 @@ fn a_daemon_that_is_ended_leaves_its_vms_to_the_next() {
     daemon.process.done();
     let daemon = Served::start(&scene, &[]);
     for console in [&console, &clone.console] {
-        let passes = console.times(".");
-        console.wait_for(".", passes + 2);
+        console.goes_on(2);
         console.assert_no_wrong_page();
     }
     assert_eq!(daemon.get("/v1/health")["vms"], 2);
@@ -91,8 +89,7 @@ fn vms_whose_store_is_away_when_the_daemon_starts_wait_for_it() {
     std::fs::remove_dir_all(scene.path("store")).unwrap();
     std::fs::rename(scene.path("away"), scene.path("store")).unwrap();
     wait_for_state(&daemon, "one", "running");
-    let passes = console.times(".");
-    console.wait_for(".", passes + 2);
+    console.goes_on(2);
     console.assert_no_wrong_page();
 }
 
@@ -128,8 +125,7 @@ fn a_daemon_killed_while_it_wakes_a_vm_leaves_none_half_awake() {
                 _ => daemon.wake(&scene, &id, json!({"prefetch": false})),
             };
         let end = Mortal::of(&vm);
-        let passes = console.times(".");
-        console.wait_for(".", passes + 1);
+        console.goes_on(1);
         console.assert_no_wrong_page();
         let others = std::process::Command::new("pgrep").args(["-f", &scene.text("run")]).output().unwrap();
         let others = String::from_utf8_lossy(&others.stdout).into_owned();

@@ -116,8 +116,7 @@ fn a_firecracker_from_a_pool_takes_a_snapshot() {
     let taken = json!({"id": "again", "snapshot": "vm", "api_socket": scene.text("pool-a.sock")});
     assert_eq!(daemon.refused("POST", "/v1/vms", &taken).1, "vmm");
     for machine in &pool {
-        let passes = machine.console.times(".");
-        machine.console.wait_for(".", passes + 1);
+        machine.console.goes_on(1);
         machine.console.assert_no_wrong_page();
     }
     let standby = daemon.post("/v1/vms/pool-a/standby", &json!({"name": "from-pool"}));
@@ -135,8 +134,7 @@ fn a_detached_vm_needs_the_daemon_no_more() {
     assert_eq!(daemon.post("/v1/vms/one/detach", &json!({}))["state"], "detached");
     daemon.process.kill();
     std::fs::rename(scene.path("store"), scene.path("away")).unwrap();
-    let passes = console.times(".");
-    console.wait_for(".", passes + 2);
+    console.goes_on(2);
     console.assert_no_wrong_page();
 }
 
@@ -163,8 +161,7 @@ fn a_listener_serves_clones_and_they_outlive_it() {
     assert_eq!(daemon.ask("GET", &path, None).0, 404);
     wait_until("the socket to go", || !scene.path("uffd.sock").exists());
     for clone in &clones {
-        let passes = clone.console.times(".");
-        clone.console.wait_for(".", passes + 2);
+        clone.console.goes_on(2);
         clone.console.assert_no_wrong_page();
     }
     let vms = daemon.get("/v1/vms");
@@ -254,8 +251,7 @@ fn a_daemon_that_is_ended_detaches_its_vms() {
     let _end = Mortal::of(&vm);
     daemon.process.done();
     std::fs::rename(scene.path("store"), scene.path("away")).unwrap();
-    let passes = console.times(".");
-    console.wait_for(".", passes + 2);
+    console.goes_on(2);
     console.assert_no_wrong_page();
 }
 
@@ -288,8 +284,7 @@ fn a_daemon_whose_store_is_away_does_not_leave_its_vms() {
     assert!(daemon.process.child().try_wait().unwrap().is_none());
     std::fs::rename(scene.path("away"), scene.path("store")).unwrap();
     daemon.process.done();
-    let passes = console.times(".");
-    console.wait_for(".", passes + 2);
+    console.goes_on(2);
     console.assert_no_wrong_page();
 }
 

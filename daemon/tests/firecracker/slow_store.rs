@@ -67,8 +67,7 @@ fn the_guest_goes_on_before_the_store_has_taken_anything() {
         }
         written.load(Ordering::SeqCst)
     });
-    let passes = machine.console.times(".");
-    machine.console.wait_for(".", passes + 2);
+    machine.console.goes_on(2);
     assert!(standby.child().try_wait().unwrap().is_none(), "it is not durable, so it is not acknowledged");
     standby.kill();
     machine.console.assert_no_wrong_page();
