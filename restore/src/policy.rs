@@ -6,30 +6,7 @@ use std::time::Duration;
 
 use crate::error::RestoreError;
 
-/// How often and how patiently a failing fetch is repeated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retry {
-    /// Repetitions after the first try.
-    pub limit: u32,
-    /// The wait before the first repetition; it doubles from there.
-    pub first: Duration,
-    /// The longest wait between two tries.
-    pub longest: Duration,
-}
-
-impl Default for Retry {
-    /// About two minutes in all: longer than a load balancer takes to notice, shorter than a person.
-    fn default() -> Self {
-        Retry { limit: 64, first: Duration::from_millis(10), longest: Duration::from_secs(2) }
-    }
-}
-
-impl Retry {
-    /// The wait before repetition `n`, counted from zero.
-    pub fn wait(&self, n: u32) -> Duration {
-        self.first.saturating_mul(1u32.checked_shl(n).unwrap_or(u32::MAX)).min(self.longest)
-    }
-}
+pub use dormouse_core::policy::Retry;
 
 /// Ends the VM, and says why. Called once, from a thread of the restore, and must not wait for the restore.
 pub type KillVm = Arc<dyn Fn(&RestoreError) + Send + Sync>;

@@ -6,7 +6,7 @@
 //! | [`minivm`] | a small VMM on `kvm-ioctls` and `vm-memory` that runs the guest program |
 //! | [`embed`] | linking Dormouse into a VMM: standby and waking in `vm-memory`'s types |
 //! | [`firecracker`] | the userfaultfd handshake, API client and process of stock Firecracker |
-//! | [`keeper`] | what outlives the serving process: a holder of descriptors, or systemd's store |
+//! | [`kept_snapshot`] | the snapshot of a VM that outlives its server |
 //! | [`opened`] | a snapshot opened so that machines wake from it, with its resume stream |
 //! | [`records`] | what this host has seen of machines' working sets |
 //! | [`cloud_hypervisor`] | the offload protocol of stock Cloud Hypervisor, both directions |
@@ -21,8 +21,10 @@ pub mod cloud_hypervisor;
 pub mod embed;
 pub mod firecracker;
 pub mod guest;
-pub mod keeper;
+pub mod kept_snapshot;
 pub mod minivm;
 pub mod opened;
 pub mod records;
 mod sys;
+
+pub use dormouse_keeper as keeper;

@@ -11,7 +11,8 @@ use clap::Args;
 use dormouse_chunkstore::{Resume, Snapshot, Store, StoreError};
 use dormouse_vmm_glue::{
     firecracker::{Session, SessionError, SessionOptions, SessionReport, StillServed},
-    keeper::{HolderKeeper, Keeper, KeptSnapshot, KeptVm, SystemdKeeper, record::OpenKeptError},
+    keeper::{HolderKeeper, Keeper, KeptSnapshot, KeptVm, SystemdKeeper},
+    kept_snapshot::{self, OpenKeptError},
     opened::Opened,
 };
 
@@ -112,7 +113,7 @@ fn take_up_one(
 /// Opens a kept snapshot, trying again for as long as the store is away: its VM stands still until then.
 fn open(wanted: &KeptSnapshot, store: &Store) -> Result<Snapshot, Failure> {
     loop {
-        match wanted.open(store) {
+        match kept_snapshot::open(wanted, store) {
             Ok(snapshot) => return Ok(snapshot),
             Err(OpenKeptError::Store(error @ StoreError::Unavailable { .. })) => {
                 tracing::warn!(name = wanted.name, %error, "a kept VM waits for the store");

@@ -14,7 +14,8 @@ use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::Name;
 use dormouse_vmm_glue::{
     firecracker::{ConsoleInput, Firecracker, Incoming, KeepWith, Session, SessionReport, tracking::Base},
-    keeper::{Keeper, KeptSnapshot},
+    keeper::Keeper,
+    kept_snapshot,
     opened::Opened,
 };
 use serde::{Deserialize, Serialize};
@@ -249,7 +250,7 @@ pub(crate) fn wake(
     let serve = |handshake| match keep {
         None => Session::wake(handshake, &opened, options, noted()),
         Some((keeper, notes)) => {
-            let snapshot = KeptSnapshot::of(opened.snapshot());
+            let snapshot = kept_snapshot::note(opened.snapshot());
             let keep = KeepWith { keeper, snapshot, api_socket: Some(vmm.api_socket.clone()), notes };
             Session::wake_kept(handshake, &opened, options, noted(), keep)
         }

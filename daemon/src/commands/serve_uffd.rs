@@ -17,7 +17,8 @@ use dormouse_vmm_glue::{
         HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
         SessionReport, tracking::Tracking,
     },
-    keeper::{Keeper, KeptSnapshot},
+    keeper::Keeper,
+    kept_snapshot,
     opened::Opened,
 };
 use serde::{Deserialize, Serialize};
@@ -243,7 +244,7 @@ impl Service<'_> {
                 Some(keeper) => {
                     let keep = KeepWith {
                         keeper: keeper.clone(),
-                        snapshot: KeptSnapshot::of(self.opened.snapshot()),
+                        snapshot: kept_snapshot::note(self.opened.snapshot()),
                         api_socket: None,
                         notes: BTreeMap::new(),
                     };

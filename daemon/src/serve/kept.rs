@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, thread, time::Duratio
 
 use dormouse_chunkstore::Resume;
 use dormouse_vmm_glue::{
-    firecracker::{Session, SessionError},
-    keeper::{Keeper, KeptVm, record::OpenKeptError},
+    firecracker::{Session, SessionError, VmmProcess},
+    keeper::{Keeper, KeptVm},
+    kept_snapshot::{self, OpenKeptError},
     opened::Opened,
 };
 use serde_json::Value;
@@ -61,7 +62,7 @@ pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
     let scratch_of = |kept: &KeptVm| kept.record.notes.get(SCRATCH).map(PathBuf::from);
     let in_use: Vec<PathBuf> = all.iter().filter_map(scratch_of).collect();
     let processes: Vec<_> =
-        all.iter().map(|kept| kept.vmm().map_or(kept.record.pid, |p| p.peer().pid)).collect();
+        all.iter().map(|kept| VmmProcess::of_kept(kept).map_or(kept.record.pid, |p| p.peer().pid)).collect();
     for kept in all {
         let (daemon, keeper) = (daemon.clone(), keeper.clone());
         // Each on its own: one whose pages cannot be had holds up no other.
@@ -126,7 +127,7 @@ fn try_once(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn 
         Err(Trouble::Never(failure)) => {
             tracing::error!(%failure, "a kept VM cannot be served; it waits, and stays kept");
             // So that it can be stopped all the same.
-            let process = kept.vmm().ok().and_then(|vmm| Process::of(&vmm).ok());
+            let process = VmmProcess::of_kept(kept).ok().and_then(|vmm| Process::of(&vmm).ok());
             vm.lock().process = process.map(Arc::new);
             wake::fail(daemon, vm, &failure);
             Tried::Done
@@ -143,15 +144,16 @@ pub(super) enum Trouble {
 }
 
 fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Keeper>) -> Result<(), Trouble> {
-    let snapshot = kept.record.snapshot.open(&daemon.store).map_err(|error| match error {
-        error @ OpenKeptError::OtherStore { .. } => {
-            Trouble::Never(Failure::new("no_such_snapshot", error.to_string()))
-        }
-        error => Trouble::Later(error.to_string()),
-    })?;
+    let snapshot =
+        kept_snapshot::open(&kept.record.snapshot, &daemon.store).map_err(|error| match error {
+            error @ OpenKeptError::OtherStore { .. } => {
+                Trouble::Never(Failure::new("no_such_snapshot", error.to_string()))
+            }
+            error => Trouble::Later(error.to_string()),
+        })?;
     let opened = Opened::of(Resume { snapshot, stream: None }).map_err(|e| Trouble::Later(e.to_string()))?;
     let again = kept.try_clone().map_err(|e| Trouble::Later(e.to_string()))?;
-    let session = Session::readopt(again, &opened, kept.record.options, keeper.clone(), noted());
+    let session = Session::readopt(again, &opened, kept.record.options.into(), keeper.clone(), noted());
     let session = session.map_err(|refusal| match refusal.error {
         SessionError::Process(why) if why.has_ended() => Trouble::Gone,
         error => Trouble::Never(Failure::new("vm_refused", error.to_string())),
@@ -160,7 +162,7 @@ fn serve(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Kee
         return Err(Trouble::Never(end_unwoken(vm, session)));
     }
     wake::serve(daemon, vm, session).map_err(Trouble::Never)?;
-    if let Ok(process) = kept.vmm() {
+    if let Ok(process) = VmmProcess::of_kept(kept) {
         interrupted::look_after(daemon, Some(vm.clone()), process);
     }
     Ok(())

@@ -12,7 +12,7 @@ use std::{
 use dormouse_vmm_glue::firecracker::{
     Handshake, HandshakeListener, Incoming, KeepWith, Session, SessionOptions,
 };
-use dormouse_vmm_glue::{keeper::KeptSnapshot, opened::Opened};
+use dormouse_vmm_glue::{kept_snapshot, opened::Opened};
 use serde_json::Value;
 
 use super::{
@@ -145,7 +145,7 @@ fn take(
         None => Session::wake(handshake, opened, options, noted()),
         Some(keeper) => {
             let (keeper, notes) = (keeper.clone(), kept::notes(&vm, None));
-            let snapshot = KeptSnapshot::of(opened.snapshot());
+            let snapshot = kept_snapshot::note(opened.snapshot());
             let keep = KeepWith { keeper, snapshot, api_socket: None, notes };
             Session::wake_kept(handshake, opened, options, noted(), keep)
         }

@@ -33,8 +33,8 @@ use super::memory::MemorySlot;
 use super::protocol::GuestRange;
 use super::send::{LaidOut, SendError, memory_file};
 use super::touched::Touches;
-use crate::firecracker::OnFailure;
 use crate::firecracker::patient::Patient;
+use dormouse_core::OnFailure;
 
 const PAGE: u64 = PAGE_BYTES as u64;
 /// Pages of a run of zeros that one request brings in: touching fresh memory tends to go on.

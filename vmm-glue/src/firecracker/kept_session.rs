@@ -13,7 +13,7 @@ use super::regions::Region;
 use super::session::{From, Refusal, Session, SessionError, SessionOptions};
 use super::tracking::Tracking;
 use super::vmm_process::{VmmProcess, VmmProcessError};
-use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord};
+use crate::keeper::{KeepError, Keeper, KeptOptions, KeptSnapshot, KeptVm, VmId, VmRecord};
 use crate::opened::Opened;
 
 /// How long a process that served a VM before may take to be gone.
@@ -66,7 +66,7 @@ impl Session {
     }
 
     /// Goes on with a VM that another process served, and has left to `keeper`. `opened` is `kept.record.snapshot`,
-    /// opened by [`KeptSnapshot::open`]; `kept.record.options` says how the VM was served. What that process had noted in
+    /// opened by [`kept_snapshot::open`](crate::kept_snapshot::open); `kept.record.options` says how the VM was served. What that process had noted in
     /// `tracking` of first touches is gone on with, as far as its window and its bound allow; where it had noted nothing,
     /// nothing is recorded.
     ///
@@ -101,14 +101,14 @@ impl Session {
     }
 }
 
-impl KeptVm {
-    /// Its process, if that is still there.
+impl VmmProcess {
+    /// The process of a kept VM, if that is still there.
     ///
     /// # Errors
     /// [`VmmProcessError`].
-    pub fn vmm(&self) -> Result<VmmProcess, VmmProcessError> {
-        let peer = Peer { pid: self.record.pid, uid: self.record.uid };
-        let pidfd = self.process.try_clone().map_err(|source| VmmProcessError::Io { peer, source })?;
+    pub fn of_kept(kept: &KeptVm) -> Result<Self, VmmProcessError> {
+        let peer = Peer { pid: kept.record.pid, uid: kept.record.uid };
+        let pidfd = kept.process.try_clone().map_err(|source| VmmProcessError::Io { peer, source })?;
         VmmProcess::of_pidfd(pidfd, peer)
     }
 }
@@ -165,7 +165,11 @@ impl Keeping {
                 id: VmId::for_process(peer.pid).map_err(duplicating)?,
                 snapshot: with.snapshot,
                 regions: regions.to_vec(),
-                options,
+                options: KeptOptions {
+                    on_failure: options.on_failure,
+                    retry: options.retry,
+                    prefetch: options.prefetch,
+                },
                 pid: peer.pid,
                 uid: peer.uid,
                 api_socket: with.api_socket,

@@ -18,7 +18,6 @@ pub mod listener;
 pub mod memfile;
 pub(crate) mod patient;
 pub mod process;
-pub mod regions;
 pub mod session;
 mod shown;
 pub mod tracking;
@@ -28,15 +27,16 @@ pub mod vmm_process;
 mod watch;
 
 pub use api::{ApiClient, ApiError, SnapshotKind};
+pub use dormouse_core::OnFailure;
+pub use dormouse_keeper::regions::{self, PageSize, Region, RegionsError, parse_regions};
 pub use handshake::{Handshake, HandshakeError, accept_handshake};
 pub use incoming::Incoming;
 pub use jail::{Jail, JailError};
 pub use kept_session::KeepWith;
 pub use listener::{HandshakeListener, ListenError};
 pub use process::{ConsoleInput, Firecracker, FirecrackerOptions, ProcessError};
-pub use regions::{PageSize, Region, RegionsError, parse_regions};
 pub use session::{
-    OnFailure, RECORD_WINDOW, Refusal, Session, SessionError, SessionOptions, SessionReport, StillServed,
+    RECORD_WINDOW, Refusal, Session, SessionError, SessionOptions, SessionReport, StillServed,
 };
 pub use vmm_process::{VmmProcess, VmmProcessError};
 pub use watch::Measured;

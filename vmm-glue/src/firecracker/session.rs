@@ -4,6 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use dormouse_core::OnFailure;
+use dormouse_keeper::record::KeptOptions;
 use dormouse_restore::{
     CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageByPage, PageSize, PageSource,
     PlanError, Policy, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
@@ -25,19 +27,6 @@ use crate::records::Record;
 
 /// How long first touches are recorded, unless somebody says otherwise: what comes later is work, and no waking.
 pub const RECORD_WINDOW: Duration = Duration::from_secs(5);
-
-/// What is done when a page cannot be had correctly.
-///
-/// Poisoning is not among it: an access that KVM emulates takes a poisoned page for a device, Firecracker
-/// answers for a device that is not there, and the guest goes on with bytes that nobody stored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnFailure {
-    /// Kill Firecracker.
-    #[default]
-    Kill,
-    /// Leave the vCPU waiting, for somebody to look at.
-    Hold,
-}
 
 /// How a VM is served.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +53,12 @@ impl Default for SessionOptions {
             record_window: RECORD_WINDOW,
             page_by_page: false,
         }
+    }
+}
+
+impl std::convert::From<KeptOptions> for SessionOptions {
+    fn from(KeptOptions { on_failure, retry, prefetch }: KeptOptions) -> Self {
+        Self { on_failure, retry, prefetch, ..Self::default() }
     }
 }
 

@@ -3,7 +3,6 @@
 
 pub(crate) mod guest_mapping;
 pub(crate) mod kick;
-pub(crate) mod listen_fds;
 pub(crate) mod memslot;
 pub(crate) mod namespace;
 pub(crate) mod program;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use dormouse_core::OnFailure;
 use dormouse_vmm_glue::cloud_hypervisor::{GuestRange, OnDemand, WakeError, WakeOptions, wake_on_demand};
-use dormouse_vmm_glue::firecracker::OnFailure;
 
 use super::peer::{Awake, Receive, Slot, Vm, word};
 use super::scene::{PAGE, PAGES, SLOTS, Scene, bare, have_uffd};

@@ -7,8 +7,8 @@ use std::time::Instant;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::*;
-use crate::firecracker::{PageSize, Region, SessionOptions};
-use crate::keeper::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord, descriptors};
+use crate::{KeepError, Keeper, KeptSnapshot, KeptVm, VmId, VmRecord, descriptors};
+use crate::{KeptOptions, PageSize, Region};
 
 /// A holder on a thread of this process.
 struct Held {
@@ -59,7 +59,7 @@ pub(crate) fn vm(id: &str, process: &std::process::Child) -> KeptVm {
         id,
         snapshot,
         regions: vec![Region { host: 4096, bytes: 4096, offset: 0, page_size: PageSize::Small }],
-        options: SessionOptions::default(),
+        options: KeptOptions::default(),
         pid: process.id() as i32,
         uid: 0,
         api_socket: None,

@@ -2,7 +2,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::keeper::holder::tests::{Sleeper, vm};
+use crate::holder::tests::{Sleeper, vm};
 
 /// What systemd does with a service's messages, as sd_notify(3) and `service_add_fd_store` have it.
 struct Manager {

@@ -5,14 +5,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dormouse_chunkstore::{Snapshot, Store, StoreError};
-use dormouse_core::{Reference, SnapshotId};
-use dormouse_restore::Retry;
+use dormouse_core::{OnFailure, Retry, SnapshotId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::firecracker::regions::{Region, parse_regions};
-use crate::firecracker::{OnFailure, RegionsError, SessionOptions};
+use crate::regions::{Region, RegionsError, parse_regions};
 
 /// Most bytes a record may have.
 pub const RECORD_BYTES_MAX: usize = 64 * 1024;
@@ -80,67 +77,31 @@ pub struct KeptSnapshot {
     /// Its id, in hexadecimal.
     pub snapshot: String,
     /// The reference it was opened by, as stored, in hexadecimal.
-    reference: String,
+    pub reference: String,
 }
 
 impl KeptSnapshot {
-    /// Notes an opened snapshot.
-    pub fn of(snapshot: &Snapshot) -> Self {
-        let reference = snapshot.reference();
-        let encoded = reference.encode(snapshot.store().domain());
-        KeptSnapshot {
-            name: reference.name.to_string(),
-            snapshot: reference.snapshot.to_string(),
-            reference: encoded.iter().map(|b| format!("{b:02x}")).collect(),
-        }
-    }
-
     /// Its id.
     pub fn id(&self) -> Option<SnapshotId> {
         SnapshotId::from_hex(&self.snapshot)
     }
-
-    /// Opens it again. If it was laid out anew meanwhile, its name leads to it, unless that was moved.
-    ///
-    /// # Errors
-    /// The store's; [`OpenKeptError::OtherStore`] if it was kept from another one, or under another key.
-    pub fn open(&self, store: &Store) -> Result<Snapshot, OpenKeptError> {
-        let pairs =
-            self.reference.as_bytes().chunks(2).map(|pair| {
-                std::str::from_utf8(pair).ok().and_then(|text| u8::from_str_radix(text, 16).ok())
-            });
-        let bytes: Option<Vec<u8>> = pairs.collect();
-        let reference = bytes.and_then(|bytes| Reference::decode(store.domain(), None, &bytes).ok());
-        let reference = reference.filter(|r| Some(r.snapshot) == self.id());
-        let other = || OpenKeptError::OtherStore { name: self.name.clone(), store: store.url().to_owned() };
-        let reference = reference.ok_or_else(other)?;
-        let (name, id) = (reference.name.clone(), reference.snapshot);
-        match store.open_reference(reference) {
-            Err(missing @ StoreError::Missing { .. }) => match store.open_snapshot(&name) {
-                Ok(moved) if moved.reference().snapshot == id => Ok(moved),
-                _ => Err(missing.into()),
-            },
-            opened => Ok(opened?),
-        }
-    }
 }
 
-/// Why the snapshot of a kept VM cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenKeptError {
-    /// The store is another one, or opened under another key.
-    #[error(
-        "snapshot {name} was not kept from {store}, or under another key: give the store and key it was woken from"
-    )]
-    OtherStore {
-        /// What it was called.
-        name: String,
-        /// The store asked.
-        store: String,
-    },
-    /// The store's own.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+/// How a kept VM is served, as far as its next server must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeptOptions {
+    /// What is done when a page cannot be had correctly.
+    pub on_failure: OnFailure,
+    /// How long a fetch that fails is repeated before that.
+    pub retry: Retry,
+    /// Whether pages that nobody asked for are installed in the background.
+    pub prefetch: bool,
+}
+
+impl Default for KeptOptions {
+    fn default() -> Self {
+        Self { on_failure: OnFailure::default(), retry: Retry::default(), prefetch: true }
+    }
 }
 
 /// What is known of a kept VM.
@@ -153,7 +114,7 @@ pub struct VmRecord {
     /// Its memory.
     pub regions: Vec<Region>,
     /// How it is served.
-    pub options: SessionOptions,
+    pub options: KeptOptions,
     /// The VMM's process.
     pub pid: i32,
     /// That process's user.
@@ -215,8 +176,8 @@ struct WireOptions {
     prefetch: bool,
 }
 
-impl From<SessionOptions> for WireOptions {
-    fn from(options: SessionOptions) -> Self {
+impl From<KeptOptions> for WireOptions {
+    fn from(options: KeptOptions) -> Self {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         WireOptions {
             kill: options.on_failure == OnFailure::Kill,
@@ -228,9 +189,9 @@ impl From<SessionOptions> for WireOptions {
     }
 }
 
-impl From<WireOptions> for SessionOptions {
+impl From<WireOptions> for KeptOptions {
     fn from(wire: WireOptions) -> Self {
-        SessionOptions {
+        KeptOptions {
             on_failure: if wire.kill { OnFailure::Kill } else { OnFailure::Hold },
             retry: Retry {
                 limit: wire.retry_limit,
@@ -238,7 +199,6 @@ impl From<WireOptions> for SessionOptions {
                 longest: Duration::from_millis(wire.retry_longest_ms),
             },
             prefetch: wire.prefetch,
-            ..SessionOptions::default()
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::keeper::record::{RECORD_BYTES_MAX, VmId};
+use crate::record::{RECORD_BYTES_MAX, VmId};
 
 /// The version spoken.
 pub const PROTOCOL_VERSION: u32 = 1;

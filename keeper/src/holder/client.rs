@@ -12,7 +12,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::message::{self, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Request, Response};
 use super::socket;
-use crate::keeper::{KeepError, Keeper, KeptVm, VmId, VmRecord, descriptors};
+use crate::{KeepError, Keeper, KeptVm, VmId, VmRecord, descriptors};
 
 /// How long a holder may take to start, and to answer.
 const PATIENCE: Duration = Duration::from_secs(10);

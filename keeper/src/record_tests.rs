@@ -1,14 +1,14 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::firecracker::PageSize;
+use crate::PageSize;
 
 fn record() -> VmRecord {
     VmRecord {
         id: VmId::new("vm-7-00").expect("an id"),
         snapshot: KeptSnapshot { name: "monday".into(), snapshot: "ab".repeat(32), reference: "00".into() },
         regions: vec![Region { host: 0x7000_0000, bytes: 8192, offset: 0, page_size: PageSize::Small }],
-        options: SessionOptions { on_failure: OnFailure::Hold, prefetch: false, ..SessionOptions::default() },
+        options: KeptOptions { on_failure: OnFailure::Hold, prefetch: false, ..KeptOptions::default() },
         pid: 7,
         uid: 0,
         api_socket: Some("/run/vm.sock".into()),

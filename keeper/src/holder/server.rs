@@ -11,8 +11,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::message::{self, MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Request, Response};
 use super::socket::HolderSocket;
 use super::{Ended, HolderError, HolderOptions};
-use crate::keeper::descriptors;
-use crate::keeper::record::VmId;
+use crate::descriptors;
+use crate::record::VmId;
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;

@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`record`] | what is known of a kept VM besides its descriptors: a small document |
+//! | [`regions`] | where its memory lies: a list, as Firecracker sends it and as records have it |
 //! | [`holder`] | a process of our own that holds descriptors, and the client that speaks to it |
 //! | [`systemd`] | the same in systemd's descriptor store |
 //!
@@ -12,22 +13,27 @@
 //!   its successor    <-- take_all: the same -----------------------------  keeper
 //! ```
 //!
-//! [`Session::start_kept`](crate::firecracker::Session::start_kept) keeps a VM before it is given its first page,
-//! [`Session::readopt`](crate::firecracker::Session::readopt) goes on with one, and a session whose VM has ended
-//! releases it. `docs/SURVIVAL.md` says what is guaranteed.
+//! Who serves a VM keeps it before it is given its first page, and releases it once it has ended. `docs/SURVIVAL.md`
+//! says what is guaranteed. This crate knows neither stores nor VMMs: descriptors and a record are all it sees.
+//!
+//! All `unsafe` of the crate is in `sys`.
+#![deny(unsafe_code)]
 
 pub mod holder;
 pub mod record;
+pub mod regions;
 pub mod systemd;
 
 mod descriptors;
+mod sys;
 
 use std::fmt::Debug;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 pub use holder::{HolderKeeper, HolderOptions};
-pub use record::{KeptSnapshot, RecordError, VmId, VmRecord};
+pub use record::{KeptOptions, KeptSnapshot, RecordError, VmId, VmRecord};
+pub use regions::{PageSize, Region, RegionsError, parse_regions};
 pub use systemd::SystemdKeeper;
 
 /// All that is needed to go on serving a VM.
@@ -37,7 +43,7 @@ pub struct KeptVm {
     pub record: VmRecord,
     /// Its userfaultfd.
     pub uffd: OwnedFd,
-    /// The states of its pages: [`KeptStates`](dormouse_restore::KeptStates).
+    /// The states of its pages: `KeptStates` of `dormouse-restore`.
     pub states: OwnedFd,
     /// A pidfd of the VMM.
     pub process: OwnedFd,

@@ -1,4 +1,5 @@
-//! The region list Firecracker sends with its userfaultfd: a pure parser.
+//! Where a VM's memory lies in its VMM's address space: the list that Firecracker sends with its userfaultfd, and that
+//! records of kept VMs have. A pure parser.
 //!
 //! ```json
 //! [{"base_host_virt_addr":140000000000000,"size":134217728,"offset":0,"page_size":4096,"page_size_kib":4096}]
