@@ -14,15 +14,15 @@ use std::time::{Duration, Instant};
 
 use dormouse_benches::Row;
 use dormouse_benches::stats::{median, ms};
+use dormouse_firecracker::{
+    ApiClient, ConsoleInput, Firecracker, FirecrackerOptions, HandshakeListener, SnapshotKind,
+    accept_handshake,
+};
+use dormouse_guest::{self as guest, GuestParams, elf};
 use dormouse_restore::sys::event::Event;
 use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::sys::uffd::EventBuffer;
 use dormouse_restore::{Memory, PageSize};
-use dormouse_vmm_glue::firecracker::{
-    ApiClient, ConsoleInput, Firecracker, FirecrackerOptions, HandshakeListener, SnapshotKind,
-    accept_handshake,
-};
-use dormouse_vmm_glue::guest::{self, GuestParams, elf};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 const PATIENCE: Duration = Duration::from_secs(60);

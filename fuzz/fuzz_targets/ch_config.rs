@@ -1,6 +1,6 @@
 //! Cloud Hypervisor's configuration: memory slots, devices of other processes; and names of images.
 #![no_main]
-use dormouse_vmm_glue::cloud_hypervisor::memory::{self, SLOTS_MAX, StoredIn};
+use dormouse_cloud_hypervisor::memory::{self, SLOTS_MAX, StoredIn};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

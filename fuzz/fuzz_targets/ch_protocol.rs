@@ -1,6 +1,6 @@
 //! Cloud Hypervisor's offload protocol: heads, ranges and the order of requests.
 #![no_main]
-use dormouse_vmm_glue::cloud_hypervisor::protocol::{self, GuestRange, Request, Response, SleepSequence};
+use dormouse_cloud_hypervisor::protocol::{self, GuestRange, Request, Response, SleepSequence};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

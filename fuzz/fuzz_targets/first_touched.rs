@@ -1,6 +1,6 @@
 //! The blob of pages that a machine of an own VMM touched first.
 #![no_main]
-use dormouse_vmm_glue::embed::decode_working_set;
+use dormouse_wake::decode_working_set;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

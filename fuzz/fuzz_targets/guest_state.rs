@@ -1,6 +1,6 @@
 //! The device state of Dormouse's own VMM: as it came, and with its length and hash made right.
 #![no_main]
-use dormouse_vmm_glue::guest::state::{MAGIC, State};
+use dormouse_guest::state::{MAGIC, State};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

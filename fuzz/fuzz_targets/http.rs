@@ -1,6 +1,6 @@
 //! The answers of a VMM's API, whole and in pieces.
 #![no_main]
-use dormouse_vmm_glue::firecracker::http::{BODY_BYTES_MAX, HEAD_BYTES_MAX, parse_response};
+use dormouse_firecracker::http::{BODY_BYTES_MAX, HEAD_BYTES_MAX, parse_response};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

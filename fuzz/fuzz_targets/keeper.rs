@@ -1,7 +1,7 @@
 //! What is said to a holder of descriptors, and the records it keeps.
 #![no_main]
-use dormouse_vmm_glue::keeper::VmRecord;
-use dormouse_vmm_glue::keeper::holder::message::{Request, Response, decode, encode};
+use dormouse_keeper::VmRecord;
+use dormouse_keeper::holder::message::{Request, Response, decode, encode};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,6 +1,6 @@
 //! The region list Firecracker sends with its userfaultfd, whole and in pieces.
 #![no_main]
-use dormouse_vmm_glue::firecracker::regions::{REGIONS_MAX, Region, parse_regions};
+use dormouse_keeper::regions::{REGIONS_MAX, Region, parse_regions};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

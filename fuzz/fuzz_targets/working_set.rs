@@ -1,7 +1,7 @@
 //! The record of a working set, and what is predicted from it.
 #![no_main]
 use dormouse_restore::predict;
-use dormouse_vmm_glue::records::Record;
+use dormouse_wake::Record;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -10,7 +10,7 @@ use std::{
 
 use clap::Args;
 use dormouse_chunkstore::backend::open_url;
-use dormouse_vmm_glue::firecracker::VmmProcess;
+use dormouse_firecracker::VmmProcess;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;

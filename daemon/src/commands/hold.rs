@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
-use dormouse_vmm_glue::keeper::{
+use dormouse_keeper::{
     HolderOptions,
     holder::{self, Ended},
 };

@@ -9,11 +9,11 @@ use std::{
 
 use clap::Args;
 use dormouse_chunkstore::{Resume, Snapshot, Store, StoreError};
-use dormouse_vmm_glue::{
-    firecracker::{Session, SessionError, SessionOptions, SessionReport, StillServed},
-    keeper::{HolderKeeper, Keeper, KeptSnapshot, KeptVm, SystemdKeeper},
+use dormouse_firecracker::{Session, SessionError, SessionOptions, SessionReport, StillServed};
+use dormouse_keeper::{HolderKeeper, Keeper, KeptSnapshot, KeptVm, SystemdKeeper};
+use dormouse_wake::{
+    Opened,
     kept_snapshot::{self, OpenKeptError},
-    opened::Opened,
 };
 
 use super::serve_uffd::noted;

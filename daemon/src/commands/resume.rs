@@ -12,12 +12,11 @@ use std::{
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::Name;
-use dormouse_vmm_glue::{
-    firecracker::{ConsoleInput, Firecracker, Incoming, KeepWith, Session, SessionReport, tracking::Base},
-    keeper::Keeper,
-    kept_snapshot,
-    opened::Opened,
+use dormouse_firecracker::{
+    ConsoleInput, Firecracker, Incoming, KeepWith, Session, SessionReport, tracking::Base,
 };
+use dormouse_keeper::Keeper;
+use dormouse_wake::{Opened, kept_snapshot};
 use serde::{Deserialize, Serialize};
 
 use super::{

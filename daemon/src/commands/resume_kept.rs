@@ -2,10 +2,8 @@
 
 use std::{path::Path, sync::Arc, time::Instant};
 
-use dormouse_vmm_glue::{
-    firecracker::{ApiClient, Session, capture},
-    keeper::Keeper,
-};
+use dormouse_firecracker::{ApiClient, Session, capture};
+use dormouse_keeper::Keeper;
 
 use super::{
     keeping::{TakenUp, take_up},

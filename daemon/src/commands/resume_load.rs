@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dormouse_vmm_glue::firecracker::{
+use dormouse_firecracker::{
     ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
     Incoming, Jail, Refusal, Session, VmmProcess, capture, handshake::Peer, memfile::MemFile,
 };

@@ -11,16 +11,13 @@ use std::{
 use clap::{Args, ValueEnum};
 use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::Name;
-use dormouse_restore::Retry;
-use dormouse_vmm_glue::{
-    firecracker::{
-        HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
-        SessionReport, tracking::Tracking,
-    },
-    keeper::Keeper,
-    kept_snapshot,
-    opened::Opened,
+use dormouse_firecracker::{
+    HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
+    SessionReport, tracking::Tracking,
 };
+use dormouse_keeper::Keeper;
+use dormouse_restore::Retry;
+use dormouse_wake::{Opened, kept_snapshot};
 use serde::{Deserialize, Serialize};
 
 use super::{

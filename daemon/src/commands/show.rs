@@ -5,10 +5,8 @@ use std::io::{self, Write};
 use clap::Args;
 use dormouse_chunkstore::{SECTION_PACKS_MAX, Scatter, Snapshot, SnapshotSummary, StreamInfo};
 use dormouse_core::{Name, PAGE_BYTES};
-use dormouse_vmm_glue::{
-    firecracker::Measured,
-    records::{Record, Records},
-};
+use dormouse_firecracker::Measured;
+use dormouse_wake::{Record, Records};
 use serde::Serialize;
 
 use super::tier::tier_of;

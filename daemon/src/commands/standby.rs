@@ -14,18 +14,15 @@ use dormouse_chunkstore::{
     StreamReport,
 };
 use dormouse_core::{ImageId, ImageKind, Name};
-use dormouse_vmm_glue::{
-    firecracker::{
-        ApiClient, Jail, VmmProcess,
-        api::SnapshotKind,
-        capture::{self, Capture},
-        tracking::{Base, Tracking},
-        under_way::{self, StandbyNote, StandbyUnderWay},
-        vcpus::VcpuMarks,
-    },
-    opened::build_predicted_stream,
-    records::Record,
+use dormouse_firecracker::{
+    ApiClient, Jail, VmmProcess,
+    api::SnapshotKind,
+    capture::{self, Capture},
+    tracking::{Base, Tracking},
+    under_way::{self, StandbyNote, StandbyUnderWay},
+    vcpus::VcpuMarks,
 };
+use dormouse_wake::{Record, build_predicted_stream};
 use serde_json::{Value, json};
 
 pub(crate) use super::standby_document::Document;

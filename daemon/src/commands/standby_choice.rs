@@ -2,9 +2,7 @@
 
 use dormouse_chunkstore::Store;
 use dormouse_core::Name;
-use dormouse_vmm_glue::firecracker::{
-    ApiClient, VmmProcess, api::SnapshotKind, capture, memfile, tracking::Tracking,
-};
+use dormouse_firecracker::{ApiClient, VmmProcess, api::SnapshotKind, capture, memfile, tracking::Tracking};
 
 use super::standby::{StandbyArgs, vmm_failure};
 use crate::failure::Failure;

@@ -7,7 +7,7 @@ use std::{
 
 use dormouse_chunkstore::{ImportReport, StreamReport};
 use dormouse_core::Name;
-use dormouse_vmm_glue::firecracker::{VmmProcess, api::SnapshotKind, capture::Capture};
+use dormouse_firecracker::{VmmProcess, api::SnapshotKind, capture::Capture};
 use serde::{Deserialize, Serialize};
 
 use super::{

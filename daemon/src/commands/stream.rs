@@ -9,10 +9,7 @@ use clap::{Args, Subcommand};
 use dormouse_chunkstore::{Resume, Store, StoreError, StreamReport};
 use dormouse_core::Name;
 use dormouse_restore::{WORKING_SET_PAGES_MAX, predict};
-use dormouse_vmm_glue::{
-    opened::Opened,
-    records::{Record, Records},
-};
+use dormouse_wake::{Opened, Record, Records};
 use serde::Serialize;
 
 use crate::{

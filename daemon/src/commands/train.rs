@@ -4,10 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
 use dormouse_core::Name;
-use dormouse_vmm_glue::{
-    firecracker::{Session, SessionReport},
-    opened::build_predicted_stream,
-};
+use dormouse_firecracker::{Session, SessionReport};
+use dormouse_wake::build_predicted_stream;
 
 use super::{
     resume::{self, ResumeArgs, WakeIn},

@@ -2,14 +2,12 @@
 
 use dormouse_chunkstore::{Store, StoreError, StreamReport};
 use dormouse_core::Name;
-use dormouse_vmm_glue::{
-    firecracker::{
-        VmmProcess,
-        tracking::Tracking,
-        under_way::{Left, StandbyNote, StandbyUnderWay},
-    },
-    opened::build_predicted_stream,
+use dormouse_firecracker::{
+    VmmProcess,
+    tracking::Tracking,
+    under_way::{Left, StandbyNote, StandbyUnderWay},
 };
+use dormouse_wake::build_predicted_stream;
 
 use super::standby::{Document, StandbyArgs, VMSTATE, end};
 use crate::failure::Failure;

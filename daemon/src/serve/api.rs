@@ -7,7 +7,7 @@ use std::{
 
 use dormouse_chunkstore::DEFAULT_LEVEL;
 use dormouse_core::{ImageId, Name};
-use dormouse_vmm_glue::firecracker::SessionReport;
+use dormouse_firecracker::SessionReport;
 use serde::{Deserialize, Serialize};
 
 use crate::{

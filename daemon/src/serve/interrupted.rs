@@ -4,7 +4,7 @@
 
 use std::{path::Path, sync::Arc, thread, time::Duration};
 
-use dormouse_vmm_glue::firecracker::{ApiClient, VmmProcess, capture, tracking::Tracking, under_way::Left};
+use dormouse_firecracker::{ApiClient, VmmProcess, capture, tracking::Tracking, under_way::Left};
 
 use super::{
     state::Daemon,

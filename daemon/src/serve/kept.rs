@@ -3,11 +3,11 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use dormouse_chunkstore::Resume;
-use dormouse_vmm_glue::{
-    firecracker::{Session, SessionError, VmmProcess},
-    keeper::{Keeper, KeptVm},
+use dormouse_firecracker::{Session, SessionError, VmmProcess};
+use dormouse_keeper::{Keeper, KeptVm};
+use dormouse_wake::{
+    Opened,
     kept_snapshot::{self, OpenKeptError},
-    opened::Opened,
 };
 use serde_json::Value;
 

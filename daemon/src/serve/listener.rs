@@ -9,10 +9,8 @@ use std::{
     time::Duration,
 };
 
-use dormouse_vmm_glue::firecracker::{
-    Handshake, HandshakeListener, Incoming, KeepWith, Session, SessionOptions,
-};
-use dormouse_vmm_glue::{kept_snapshot, opened::Opened};
+use dormouse_firecracker::{Handshake, HandshakeListener, Incoming, KeepWith, Session, SessionOptions};
+use dormouse_wake::{Opened, kept_snapshot};
 use serde_json::Value;
 
 use super::{

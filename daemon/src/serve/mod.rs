@@ -40,7 +40,7 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use dormouse_chunkstore::{Store, StoreOptions, backend::open_url};
-use dormouse_vmm_glue::keeper::Keeper;
+use dormouse_keeper::Keeper;
 
 use self::{
     counted::{Counted, StoreMetrics},

@@ -4,7 +4,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use dormouse_chunkstore::NoProgress;
-use dormouse_vmm_glue::firecracker::ApiClient;
+use dormouse_firecracker::ApiClient;
 use serde_json::{Value, json};
 
 use super::{

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dormouse_vmm_glue::firecracker::VmmProcess;
+use dormouse_firecracker::VmmProcess;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},

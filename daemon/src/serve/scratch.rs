@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dormouse_vmm_glue::firecracker::VmmProcess;
+use dormouse_firecracker::VmmProcess;
 
 use crate::failure::Failure;
 

@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use axum::Router;
-use dormouse_vmm_glue::firecracker::HandshakeListener;
+use dormouse_firecracker::HandshakeListener;
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},

@@ -10,7 +10,7 @@ use std::{
 };
 
 use dormouse_chunkstore::Store;
-use dormouse_vmm_glue::keeper::Keeper;
+use dormouse_keeper::Keeper;
 use serde_json::Value;
 
 use super::{

@@ -1,7 +1,7 @@
 //! What VMs count, added up over those there are and those there were.
 
+use dormouse_firecracker::SessionReport;
 use dormouse_restore::{CountersSnapshot, Histogram};
-use dormouse_vmm_glue::firecracker::SessionReport;
 
 /// Sums of what VMs report.
 #[derive(Clone, Debug, Default)]

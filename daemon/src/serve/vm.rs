@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use dormouse_vmm_glue::firecracker::{Session, SessionReport};
+use dormouse_firecracker::{Session, SessionReport};
 use serde_json::Value;
 use tokio::sync::watch;
 use tracing::Span;

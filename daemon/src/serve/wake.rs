@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
-use dormouse_vmm_glue::firecracker::{ConsoleInput, Firecracker, Session};
+use dormouse_firecracker::{ConsoleInput, Firecracker, Session};
 use rustix::process::{Pid, WaitOptions};
 use serde_json::{Value, json};
 

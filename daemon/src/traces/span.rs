@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use dormouse_vmm_glue::firecracker::SessionReport;
+use dormouse_firecracker::SessionReport;
 use opentelemetry::{
     Value, global,
     propagation::TextMapPropagator as _,

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dormouse_vmm_glue::cloud_hypervisor::VmmApi;
-use dormouse_vmm_glue::guest::{self, GuestParams, elf};
+use dormouse_cloud_hypervisor::VmmApi;
+use dormouse_guest::{self as guest, GuestParams, elf};
 
 pub(crate) const MEMORY_MIB: u64 = 128;
 /// Pages that the guest fills, and verifies for ever: 16 MiB.

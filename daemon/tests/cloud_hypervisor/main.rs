@@ -7,7 +7,7 @@
 mod held_store;
 mod in_doubt;
 mod machine;
-#[path = "../../../vmm-glue/tests/cloud_hypervisor/peer.rs"]
+#[path = "../../../vmm-glue/cloud-hypervisor/tests/cloud_hypervisor/peer.rs"]
 mod peer;
 mod real;
 /// Where a store for tests looks for it.
@@ -18,7 +18,7 @@ mod scene {
 #[expect(dead_code, reason = "what else it can do is for other tests")]
 mod slow_s3;
 mod sockets;
-#[path = "../../../vmm-glue/tests/cloud_hypervisor/sys.rs"]
+#[path = "../../../vmm-glue/cloud-hypervisor/tests/cloud_hypervisor/sys.rs"]
 mod sys;
 mod through_api;
 mod vmm;

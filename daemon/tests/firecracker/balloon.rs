@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use dormouse_vmm_glue::firecracker::{ApiClient, ApiError};
-use dormouse_vmm_glue::guest::GuestParams;
+use dormouse_firecracker::{ApiClient, ApiError};
+use dormouse_guest::GuestParams;
 use serde_json::{Value, json};
 
 use crate::generations::{Awake, standby, wake};

@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dormouse_firecracker::{HandshakeListener, accept_handshake};
 use dormouse_restore::{Mapping, PageSize, Uffd, UffdError, UffdOptions};
-use dormouse_vmm_glue::firecracker::{HandshakeListener, accept_handshake};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 

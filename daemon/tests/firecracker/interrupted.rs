@@ -15,9 +15,9 @@ pub(crate) fn start(scene: &Scene, store: &HeldStore) -> Served {
     Served::start_with(scene, &[], |command| use_store(command, &store.address))
 }
 
-pub(crate) fn api(vm: &Value) -> dormouse_vmm_glue::firecracker::ApiClient {
+pub(crate) fn api(vm: &Value) -> dormouse_firecracker::ApiClient {
     let socket = vm["api_socket"].as_str().unwrap();
-    dormouse_vmm_glue::firecracker::ApiClient::new(socket.as_ref(), PATIENCE)
+    dormouse_firecracker::ApiClient::new(socket.as_ref(), PATIENCE)
 }
 
 pub(crate) fn state(vm: &Value) -> Value {

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use dormouse_vmm_glue::firecracker::ApiClient;
-use dormouse_vmm_glue::guest::{self, GuestParams, elf};
+use dormouse_firecracker::ApiClient;
+use dormouse_guest::{self as guest, GuestParams, elf};
 use serde_json::json;
 
 use crate::scene::{Console, MEMORY_MIB, PAGES, PATIENCE, Scene, scene, wait_for_socket, wait_until};

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use dormouse_vmm_glue::firecracker::{ApiClient, ConsoleInput, Firecracker, FirecrackerOptions};
-use dormouse_vmm_glue::guest::{self, GuestParams, elf};
+use dormouse_firecracker::{ApiClient, ConsoleInput, Firecracker, FirecrackerOptions};
+use dormouse_guest::{self as guest, GuestParams, elf};
 use serde_json::Value;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);

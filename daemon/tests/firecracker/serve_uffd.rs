@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use dormouse_chunkstore::{Pages, Store, StoreOptions};
 use dormouse_core::{ImageKind, Name, PageIndex};
-use dormouse_vmm_glue::firecracker::api::SnapshotKind;
+use dormouse_firecracker::api::SnapshotKind;
 use serde_json::Value;
 
 use crate::scene::{

@@ -4,7 +4,7 @@
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use dormouse_vmm_glue::firecracker::ApiError;
+use dormouse_firecracker::ApiError;
 
 use crate::scene::{Machine, PATIENCE, Running, Scene, scene, wait_for_socket, wait_until};
 use crate::serve_uffd::parked;

@@ -8,14 +8,12 @@ use std::{
 };
 
 use clap::Args;
-use dormouse_core::Name;
-use dormouse_vmm_glue::{
-    cloud_hypervisor::{
-        FaultServer, OnDemandReport, SendError, StoredVm, VmmApi, WakeError, WakeOptions, Wire, learned,
-        send, wake_eagerly, wake_on_demand,
-    },
-    firecracker::OnFailure,
+use dormouse_cloud_hypervisor::{
+    FaultServer, OnDemandReport, SendError, StoredVm, VmmApi, WakeError, WakeOptions, Wire, learned, send,
+    wake_eagerly, wake_on_demand,
 };
+use dormouse_core::Name;
+use dormouse_core::OnFailure;
 use serde::Serialize;
 
 use super::{API_PATIENCE, MESSAGE_PATIENCE, absolute, scratch, vmm_failure};
@@ -206,7 +204,7 @@ fn wake(
 
 fn wake_failure(error: WakeError) -> Failure {
     match error {
-        WakeError::Stored(dormouse_vmm_glue::cloud_hypervisor::StoredError::Store(error)) => error.into(),
+        WakeError::Stored(dormouse_cloud_hypervisor::StoredError::Store(error)) => error.into(),
         WakeError::Thread(error) => thread_failure(&error),
         error => vmm_failure(&error),
     }

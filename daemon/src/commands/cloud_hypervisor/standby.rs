@@ -11,12 +11,10 @@ use clap::Args;
 use dormouse_chunkstore::{
     BlobBytes, DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Store, StoreError, StreamReport,
 };
+use dormouse_cloud_hypervisor::{Received, VmmApi, VmmApiError, receive};
 use dormouse_core::{ImageKind, Name};
-use dormouse_vmm_glue::{
-    cloud_hypervisor::{Received, VmmApi, VmmApiError, receive},
-    firecracker::{HandshakeListener, VmmProcess},
-    records::Record,
-};
+use dormouse_firecracker::{HandshakeListener, VmmProcess};
+use dormouse_wake::Record;
 use serde::Serialize;
 
 use super::{API_PATIENCE, MESSAGE_PATIENCE, absolute, scratch, vmm_failure, waiting_failure};

@@ -7,12 +7,10 @@ use std::{
 };
 
 use dormouse_chunkstore::{Snapshot, Store};
+use dormouse_embed::{self as embed, Prefetch, Wake, Woken};
+use dormouse_guest::{Command, Console, Guest, GuestParams, native::NativeGuest};
+use dormouse_minivm::{Dirty, MiniVm, MiniVmError, Timeline, VmShell, timeline::monotonic_now};
 use dormouse_restore::{FailClosed, Policy, RestoreError};
-use dormouse_vmm_glue::{
-    embed::{self, Prefetch, Wake, Woken},
-    guest::{Command, Console, Guest, GuestParams, native::NativeGuest},
-    minivm::{Dirty, MiniVm, MiniVmError, Timeline, VmShell, timeline::monotonic_now},
-};
 use vm_memory::GuestMemoryMmap;
 
 use super::{

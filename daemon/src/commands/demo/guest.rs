@@ -4,11 +4,9 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand};
 use dormouse_core::{ImageId, Name};
-use dormouse_vmm_glue::{
-    embed::{self, Prefetch},
-    guest::{Guest, GuestParams, native::NativeGuest, park_and_pause},
-    minivm::{Dirty, MiniVm, Phase, VmShell, timeline::monotonic_now},
-};
+use dormouse_embed::{self as embed, Prefetch};
+use dormouse_guest::{Guest, GuestParams, native::NativeGuest, park_and_pause};
+use dormouse_minivm::{Dirty, MiniVm, Phase, VmShell, timeline::monotonic_now};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 

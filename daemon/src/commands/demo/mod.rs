@@ -18,8 +18,8 @@ use std::io::IsTerminal as _;
 
 use clap::{Args, ValueEnum};
 use dormouse_chunkstore::{Store, Usage};
+use dormouse_guest::GuestParams;
 use dormouse_restore::{Uffd, UffdOptions};
-use dormouse_vmm_glue::guest::GuestParams;
 use serde::{Deserialize, Serialize};
 
 use self::{
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &DemoArgs, context: &Context) -> Result<Status, Failure>
 /// KVM if it can be used; says on standard error if not.
 fn find_guest() -> Kind {
     let instead = "a process takes the place of the virtual machine";
-    if dormouse_vmm_glue::guest::program().is_none() {
+    if dormouse_guest::program().is_none() {
         eprintln!("note: the demo's guest program is x86-64 code, so {instead}");
         return Kind::Process;
     }

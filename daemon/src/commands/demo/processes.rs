@@ -8,7 +8,7 @@ use std::{
 };
 
 use dormouse_core::Name;
-use dormouse_vmm_glue::minivm::timeline::monotonic_now;
+use dormouse_minivm::timeline::monotonic_now;
 
 use super::{Kind, guest::Woke};
 use crate::{cli::args::GlobalOptions, context::Context, failure::Failure};

@@ -1,0 +1,3 @@
+//! The crate's `unsafe` code, behind safe functions.
+
+pub(crate) mod guest_mapping;

@@ -1,0 +1,6 @@
+//! The crate's `unsafe` code, behind safe functions.
+#![allow(unsafe_code)]
+
+pub(crate) mod namespace;
+#[cfg(test)]
+pub(crate) mod userfaultfd;
