@@ -132,7 +132,7 @@ pub fn parse_regions(message: &[u8]) -> Result<Vec<Region>, RegionsError> {
     if message.len() > MESSAGE_BYTES_MAX {
         return Err(RegionsError::TooLong { bytes: message.len() });
     }
-    let wire: Vec<Wire> = serde_json::from_slice(message)?;
+    let wire: Vec<Wire> = serde_json::from_slice(message).map_err(|error| cut_in_number(message, error))?;
     if wire.is_empty() || wire.len() > REGIONS_MAX {
         return Err(RegionsError::Count { count: wire.len() });
     }
@@ -141,6 +141,18 @@ pub fn parse_regions(message: &[u8]) -> Result<Vec<Region>, RegionsError> {
     no_overlap(&regions, "memory", Region::host_range)?;
     no_overlap(&regions, "the snapshot", Region::image_range)?;
     Ok(regions)
+}
+
+/// What is wrong with `message` instead of `error`, if it ends inside a number. In a field that is ignored `serde_json`
+/// takes `4e`, `0.` and `-` for faults even where the message ends. Whether they are shows once a digit follows.
+fn cut_in_number(message: &[u8], error: serde_json::Error) -> serde_json::Error {
+    if error.is_eof() || !matches!(message.last(), Some(b'e' | b'E' | b'.' | b'+' | b'-')) {
+        return error;
+    }
+    match serde_json::from_slice::<Vec<Wire>>(&[message, b"0"].concat()) {
+        Err(cut) if cut.is_eof() => cut,
+        _ => error,
+    }
 }
 
 fn check(index: usize, wire: &Wire) -> Result<Region, RegionsError> {

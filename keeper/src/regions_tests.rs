@@ -65,6 +65,28 @@ fn every_proper_prefix_is_incomplete() {
     }
 }
 
+#[test]
+fn a_cut_inside_an_ignored_number_is_incomplete() {
+    let field = r#"[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096,"later":"#;
+    for number in ["4e5", "4E+5", "4e-5", "0.5", "-1.25e3", "[[-1], {\"a\": 2.5}]"] {
+        let whole = format!("{field}{number}}}]");
+        parse_regions(whole.as_bytes()).expect("the field is ignored");
+        for length in 0..whole.len() {
+            let error = parse_regions(&whole.as_bytes()[..length]).expect_err("cut");
+            assert!(error.is_incomplete(), "{}: {error}", &whole[..length]);
+        }
+    }
+}
+
+#[test]
+fn what_no_digit_completes_is_malformed() {
+    for end in ["4x", "e", "4e5e", "4..", "--", "+", "\"a\"-", "{-"] {
+        let cut = format!(r#"[{{"base_host_virt_addr":4096,"later":{end}"#);
+        let error = parse_regions(cut.as_bytes()).expect_err("no JSON");
+        assert!(!error.is_incomplete(), "{cut}: {error}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
