@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dormouse_core::{Domain, DomainId, DomainKey, Keyring, keyring};
+use dormouse_core::{Domain, DomainId, DomainKey, Keyring, Named, Nonce, Tombstone, keyring};
 use serde::Serialize;
 
 use crate::{
@@ -189,7 +189,13 @@ impl Store {
             return Ok(());
         }
         let mut plain = false;
-        self.backend.list(&self.keys.refs(), &mut |meta| plain |= meta.bytes > 0)?;
+        self.backend.list(&self.keys.refs(), &mut |meta| {
+            // In the clear, how large a tombstone is follows from its name.
+            let name_key = meta.key.rsplit('/').next().unwrap_or_default().to_owned();
+            let tombstone = Named::Removed(Tombstone { name_key, sequence: 0 });
+            let bytes = tombstone.encode(&self.domain, &Nonce::default()).len() as u64;
+            plain |= meta.bytes > 0 && meta.bytes != bytes;
+        })?;
         if plain {
             return Ok(());
         }

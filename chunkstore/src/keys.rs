@@ -48,7 +48,12 @@ impl Keys {
     }
 
     pub(crate) fn reference(&self, domain: &Domain, name: &Name) -> String {
-        format!("{}/refs/{}", self.domain, domain.name_key(name.as_str()))
+        self.reference_at(&domain.name_key(name.as_str()))
+    }
+
+    /// The reference of a name of which only the last part of that key is known.
+    pub(crate) fn reference_at(&self, name_key: &str) -> String {
+        format!("{}/refs/{name_key}", self.domain)
     }
 
     /// The resume stream of a name: found without knowing what the name stands for.

@@ -24,6 +24,7 @@ mod parallel;
 mod progress;
 mod refs;
 mod repack;
+mod settle;
 mod similar;
 mod snapshot;
 mod store;
@@ -42,6 +43,7 @@ pub use keyring::{KeyList, KnownKey, RotateReport, random_key};
 pub use near_frame::NearFrame;
 pub use progress::{NoProgress, Progress};
 pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
+pub use settle::{Settled, Standing};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
 pub use stream::{

@@ -1,12 +1,12 @@
 //! References: reading, listing, swapping and removing names.
 
 use bytes::Bytes;
-use dormouse_core::{Name, Reference};
+use dormouse_core::{FormatError, Name, Named, Nonce, Reference, Tombstone};
 
 use crate::{
     backend::Version,
     error::{Result, StoreError},
-    store::Store,
+    store::{Store, now_unix_ms},
 };
 
 /// All references of a domain.
@@ -18,16 +18,44 @@ pub(crate) struct References {
     pub(crate) bad: Vec<(String, StoreError)>,
 }
 
+/// The sequence of a name whose object is empty: earlier versions removed names so in stores that do not delete under a
+/// condition. It is not that of a name that never was.
+const EMPTY_SEQUENCE: u64 = 1;
+
+/// What is at the key of a name.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// What the name stands for.
+    pub(crate) reference: Option<Reference>,
+    /// How often it was moved or removed.
+    pub(crate) sequence: u64,
+    /// What to swap it by; `None` if there is no object.
+    pub(crate) version: Option<Version>,
+}
+
 impl Store {
     /// What `name` stands for now, and the version to swap it by.
     pub(crate) fn reference(&self, name: &Name) -> Result<(Option<Reference>, Option<Version>)> {
+        self.find(name).map(|found| (found.reference, found.version))
+    }
+
+    /// As [`Store::reference`]; and the sequence, which goes on where the name was removed.
+    pub(crate) fn find(&self, name: &Name) -> Result<Found> {
         self.settle()?;
         let key = self.keys.reference(&self.domain, name);
         let (object, version) = self.backend.get_versioned(&key)?;
-        let reference = object.map(|o| {
-            Reference::decode(&self.domain, Some(name), &o).map_err(|why| StoreError::Damaged { key, why })
-        });
-        Ok((reference.transpose()?, version))
+        let Some(object) = object else {
+            let sequence = version.as_ref().map_or(0, |_| EMPTY_SEQUENCE);
+            return Ok(Found { reference: None, sequence, version });
+        };
+        let named = Named::decode(&self.domain, Some(name), &object);
+        let named = named.map_err(|why| StoreError::Damaged { key, why })?;
+        let sequence = named.sequence();
+        let reference = match named {
+            Named::Reference(reference) => Some(reference),
+            Named::Removed(_) => None,
+        };
+        Ok(Found { reference, sequence, version })
     }
 
     /// Moves `name` if it is still at `expected`.
@@ -35,10 +63,33 @@ impl Store {
         &self,
         name: &Name,
         expected: Option<&Version>,
-        new: Option<&Reference>,
+        new: &Reference,
     ) -> Result<()> {
+        self.swap_named(name, expected, new.encode(&self.domain).into())
+    }
+
+    /// Removes `name` if it is still at `expected`. What is left in its place tells that it was removed, and is like no
+    /// other object: a write that is still on its way and expects what was there before fails.
+    pub(crate) fn swap_for_tombstone(
+        &self,
+        name: &Name,
+        expected: Option<&Version>,
+        sequence: u64,
+    ) -> Result<()> {
+        let tombstone = Named::Removed(Tombstone { name_key: self.domain.name_key(name.as_str()), sequence });
+        let bytes = Bytes::from(tombstone.encode(&self.domain, &nonce()?));
+        match self.swap_named(name, expected, bytes.clone()) {
+            Err(StoreError::Full { .. }) => {
+                let key = self.keys.reference(&self.domain, name);
+                let swapped = self.backend.swap_without_room(&key, expected, bytes)?;
+                if swapped { Ok(()) } else { Err(StoreError::Conflict { name: name.to_string() }) }
+            }
+            done => done,
+        }
+    }
+
+    fn swap_named(&self, name: &Name, expected: Option<&Version>, bytes: Bytes) -> Result<()> {
         let key = self.keys.reference(&self.domain, name);
-        let bytes = new.map_or_else(Bytes::new, |r| r.encode(&self.domain).into());
         let swapped = match self.backend.swap(&key, expected, bytes.clone()) {
             // The answer may have been lost: the reference itself says whether it moved. One that does not say so, for
             // whatever reason, leaves that open.
@@ -71,10 +122,14 @@ impl Store {
         self.side_by_side(keys, read, |(object, key)| {
             // `None`: removed between the listing and now.
             let Some(object) = object else { return Ok(()) };
-            match Reference::decode(&self.domain, None, &object) {
-                Ok(r) if key == self.keys.reference(&self.domain, &r.name) => good.push(r),
+            match Named::decode(&self.domain, None, &object) {
+                Ok(named) if key == self.keys.reference_at(&named.name_key(&self.domain)) => {
+                    if let Named::Reference(reference) = named {
+                        good.push(reference);
+                    }
+                }
                 Ok(_) => {
-                    let why = dormouse_core::FormatError::Malformed {
+                    let why = FormatError::Malformed {
                         what: "reference",
                         why: "it is the reference of another name",
                     };
@@ -98,10 +153,14 @@ impl Store {
         let key = self.keys.reference(&self.domain, name);
         // A damaged reference can be removed as well, so its content does not matter here.
         let (object, version) = self.backend.get_versioned(&key)?;
-        if object.is_none() {
-            return Err(self.no_such(name));
-        }
-        self.swap_reference(name, version.as_ref(), None)?;
+        let Some(object) = object else { return Err(self.no_such(name)) };
+        let sequence = match Named::decode(&self.domain, Some(name), &object) {
+            Ok(Named::Removed(_)) => return Err(self.no_such(name)),
+            Ok(Named::Reference(reference)) => reference.sequence,
+            // Nobody knows it, but no name was moved as often as there were milliseconds.
+            Err(_) => now_unix_ms(),
+        };
+        self.swap_for_tombstone(name, version.as_ref(), sequence.saturating_add(1))?;
         self.cool(name);
         // Derived from what is gone now. Should this fail, garbage collection finds it.
         if let Err(why) = self.backend.delete(&self.keys.stream(&self.domain, name)) {
@@ -109,4 +168,13 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Bytes that nobody else has, from the operating system.
+pub(crate) fn nonce() -> Result<Nonce> {
+    let mut nonce = Nonce::default();
+    // So few are given at once, or none.
+    rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| StoreError::file("asking for random bytes of", "getrandom(2)".as_ref(), e.into()))?;
+    Ok(nonce)
 }

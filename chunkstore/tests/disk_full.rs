@@ -117,8 +117,10 @@ fn removing_a_snapshot_works_on_a_full_disk() {
     Machine::new(100, 10).import(&open(&root), "a", None).unwrap();
     let free = rustix::fs::statvfs(disk.path()).map(|s| s.f_bfree * s.f_frsize).unwrap();
     fs::write(disk.path().join("filler"), vec![1; free as usize]).unwrap();
-    open(&root).remove(&Name::new("a").unwrap()).unwrap();
+    let name = Name::new("a").unwrap();
+    open(&root).remove(&name).unwrap();
     assert!(open(&root).list().unwrap().is_empty());
+    assert_eq!(open(&root).standing(&name).unwrap().sequence, 2, "that it was removed is known, too");
 }
 
 #[test]

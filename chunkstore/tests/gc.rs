@@ -42,7 +42,9 @@ fn what_only_a_removed_snapshot_used_is_deleted_and_the_rest_stays() {
     store.remove(&name("b")).unwrap();
     store.gc(AT_ONCE).unwrap();
     let left: Vec<_> = files_below(&dir.path().join("store"));
-    assert!(left.iter().all(|p| p.ends_with("lock")), "nothing but the lock file is left: {left:?}");
+    let kept = |p: &std::path::PathBuf| p.ends_with("lock") || p.parent().unwrap().ends_with("refs");
+    assert!(left.len() <= 3 && left.iter().all(kept), "the lock file, and that both were removed: {left:?}");
+    assert!(store.list().unwrap().is_empty());
 }
 
 #[test]
@@ -260,8 +262,9 @@ fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure
     hasty.remove(&name("a")).unwrap();
     hasty.gc(AT_ONCE).unwrap();
     let left = files_below(&root);
-    let kept = |p: &std::path::PathBuf| p.ends_with("lock") || p.parent().unwrap().ends_with("keys");
-    assert!(left.iter().all(kept), "the lock and the keyring: {left:?}");
+    let folder = |p: &std::path::PathBuf, name: &str| p.parent().unwrap().ends_with(name);
+    let kept = |p: &std::path::PathBuf| p.ends_with("lock") || folder(p, "keys") || folder(p, "refs");
+    assert!(left.iter().all(kept), "the lock, the keyring and a tombstone: {left:?}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use dormouse_chunkstore::{
         faulty::{Fault, FaultyBackend},
     },
 };
-use dormouse_core::Name;
+use dormouse_core::{Domain, Name, Named};
 
 const AT_ONCE: GcOptions = GcOptions { grace: Duration::ZERO, dry_run: false };
 const FAULTS: [Fault; 3] = [Fault::Dead, Fault::Fail, Fault::LoseAnswer];
@@ -108,7 +108,8 @@ fn shape(backend: &dyn Backend, packs: bool) -> BTreeSet<String> {
     let mut roots = 0;
     let mut shape = BTreeSet::new();
     for (key, bytes) in objects(backend) {
-        if bytes.is_empty() {
+        let named = Named::decode(&Domain::plain(), None, &bytes);
+        if bytes.is_empty() || matches!(named, Ok(Named::Removed(_))) {
             continue;
         }
         if key.contains("/roots/") {

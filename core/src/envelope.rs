@@ -21,11 +21,13 @@ use crate::{
 };
 
 /// The newest format version this build reads. It writes each object in the oldest that has all the object needs.
-pub const FORMAT_VERSION: u16 = 2;
+pub const FORMAT_VERSION: u16 = 3;
 /// The version of all objects in which nothing is of a later one.
 pub(crate) const VERSION_1: u16 = 1;
 /// The version that brought frames of LZ4.
 pub(crate) const VERSION_LZ4: u16 = 2;
+/// The version that brought references with a nonce, and tombstones.
+pub(crate) const VERSION_NONCE: u16 = 3;
 /// Bytes before the body.
 pub const HEADER_BYTES: usize = 40;
 /// Bytes after the body.
@@ -72,6 +74,7 @@ pub(crate) struct Start {
     what: &'static str,
     flags: u32,
     id: DomainId,
+    reader_min: u16,
 }
 
 impl Start {
@@ -97,7 +100,7 @@ impl Start {
         if unknown != 0 {
             return Err(FormatError::UnknownFlags { what, flags: unknown });
         }
-        Ok(Start { what, flags, id: DomainId(r.array()?) })
+        Ok(Start { what, flags, id: DomainId(r.array()?), reader_min })
     }
 
     /// Whether a flag is set.
@@ -120,9 +123,14 @@ impl Start {
 
 /// Wraps `body`, sealing it if the domain is encrypted.
 pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
+    wrap_as(kind, VERSION_1, domain, body)
+}
+
+/// As [`wrap`], for a body that readers before `version` do not know.
+pub(crate) fn wrap_as(kind: Kind, version: u16, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
     let stored_bytes = body.len() + if domain.is_encrypted() { SEAL_OVERHEAD_BYTES } else { 0 };
     debug_assert!(stored_bytes <= kind.body_bytes_max, "a {} no reader accepts", kind.what);
-    let mut w = write_start(kind.magic, VERSION_1, domain, 0);
+    let mut w = write_start(kind.magic, version, domain, 0);
     w.u32(stored_bytes as u32);
     w.u32(HEADER_BYTES as u32);
     let mut out = w.finish();
@@ -135,6 +143,15 @@ pub fn wrap(kind: Kind, domain: &Domain, body: Vec<u8>) -> Vec<u8> {
 
 /// Checks and opens what [`wrap`] made. The checksum covers everything, so any damage is found here.
 pub fn unwrap<'a>(kind: Kind, domain: &Domain, object: &'a [u8]) -> Result<Cow<'a, [u8]>, FormatError> {
+    unwrap_versioned(kind, domain, object).map(|(_, body)| body)
+}
+
+/// As [`unwrap`]; and the oldest version that may read the object, where that says how its body is laid out.
+pub(crate) fn unwrap_versioned<'a>(
+    kind: Kind,
+    domain: &Domain,
+    object: &'a [u8],
+) -> Result<(u16, Cow<'a, [u8]>), FormatError> {
     let what = kind.what;
     let mut r = Reader::new(object, what);
     let start = Start::read(&mut r, what, kind.magic, 0)?;
@@ -154,5 +171,5 @@ pub fn unwrap<'a>(kind: Kind, domain: &Domain, object: &'a [u8]) -> Result<Cow<'
         return Err(FormatError::HashMismatch(what));
     }
     start.check_domain(domain)?;
-    domain.open_with(what, &object[..HEADER_BYTES], body)
+    Ok((start.reader_min, domain.open_with(what, &object[..HEADER_BYTES], body)?))
 }

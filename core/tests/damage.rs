@@ -28,6 +28,19 @@ fn a_damaged_reference_is_refused() {
 }
 
 #[test]
+fn a_damaged_reference_with_nonce_or_tombstone_is_refused() {
+    for (domain, (what, named)) in domains().iter().flat_map(|d| named(d).map(|n| (d, n))) {
+        let object = named.encode(domain, &NONCE);
+        assert_eq!(Named::decode(domain, Some(&reference().name), &object), Ok(named));
+        let refused = |at: usize, b: &[u8]| {
+            assert!(Named::decode(domain, None, b).is_err(), "{what} {} at {at}", name_of(domain));
+        };
+        every_flip(&object, refused);
+        every_cut(&object, refused);
+    }
+}
+
+#[test]
 fn a_damaged_root_is_refused_by_its_name_and_by_its_checksum() {
     for domain in domains() {
         let (id, object) = root().encode(&domain);

@@ -226,3 +226,35 @@ fn a_key_is_not_printed() {
         assert!(text.contains(&sealed().id().to_string()));
     }
 }
+
+#[test]
+fn what_has_a_nonce_needs_a_reader_of_version_3() {
+    for (_, named) in named(&Domain::plain()) {
+        let object = named.encode(&Domain::plain(), &NONCE);
+        assert_eq!(object[8..12], [3, 0, 3, 0], "written by, and oldest that may read it");
+    }
+    let object = reference().encode(&Domain::plain());
+    assert_eq!(object[8..12], [1, 0, 1, 0], "older readers share the store");
+}
+
+#[test]
+fn the_same_name_with_another_nonce_has_other_bytes() {
+    for (domain, (_, named)) in domains().iter().flat_map(|d| named(d).map(|n| (d, n))) {
+        let (one, other) = (named.encode(domain, &NONCE), named.encode(domain, &[7; 16]));
+        assert_ne!(one, other);
+        assert_eq!(Named::decode(domain, None, &one), Named::decode(domain, None, &other));
+    }
+}
+
+#[test]
+fn a_tombstone_is_never_taken_for_a_reference() {
+    for domain in domains() {
+        let [(_, stands), (_, removed)] = named(&domain);
+        let decode = |named: &Named| Reference::decode(&domain, None, &named.encode(&domain, &NONCE));
+        assert_eq!(decode(&stands), Ok(reference()));
+        assert!(matches!(decode(&removed), Err(FormatError::Malformed { .. })));
+        let other = Name::new("another").unwrap();
+        let object = removed.encode(&domain, &NONCE);
+        assert!(Named::decode(&domain, Some(&other), &object).is_err(), "put under another name");
+    }
+}

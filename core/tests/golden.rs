@@ -99,6 +99,13 @@ fn all() -> Vec<Golden> {
             assert_eq!(Reference::decode(&d, Some(&reference().name), file), Ok(reference()));
         }));
 
+        for (what, named) in common::named(&domain) {
+            let (d, file) = (domain.clone(), format!("v3-{what}-{}.bin", name_of(&domain)));
+            all.push(golden(file, named.encode(&domain, &NONCE), move |file| {
+                assert_eq!(Named::decode(&d, Some(&reference().name), file), Ok(named.clone()));
+            }));
+        }
+
         let (raw, frame) = raw_frame(&domain, 11, 500);
         let (d, at_raw) = (domain.clone(), at(&frame));
         all.push(golden(named("frame-raw", "bin"), frame.stored, move |file| {

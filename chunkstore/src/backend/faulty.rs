@@ -252,6 +252,10 @@ impl Backend for FaultyBackend {
         self.answer(fault, "swap", key, done)
     }
 
+    fn swap_without_room(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
+        self.inner.swap_without_room(key, expected, bytes)
+    }
+
     fn delete(&self, key: &str) -> Result<()> {
         add(&self.counts.deletes, 1);
         let fault = self.fault("delete", key)?;

@@ -179,12 +179,29 @@ impl Backend for LocalBackend {
             return Ok(false);
         }
         if bytes.is_empty() {
-            // Under the lock no tombstone is needed.
             self.delete(key)?;
         } else {
             self.objects.put_again(key, bytes)?;
         }
         Ok(true)
+    }
+
+    fn swap_without_room(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
+        let _lock = self.lock()?;
+        let (now, version) = self.get_versioned(key)?;
+        if version.as_ref() != expected {
+            return Ok(false);
+        }
+        if now.is_none_or(|now| now.len() < bytes.len()) {
+            return Err(StoreError::Full { doing: format!("moving {key}") });
+        }
+        let write = || {
+            let file = File::options().write(true).open(self.path(key))?;
+            file.write_all_at(&bytes, 0)?;
+            file.set_len(bytes.len() as u64)?;
+            file.sync_all()
+        };
+        write().map(|()| true).map_err(|e| self.io_error(format!("moving {key}"), e))
     }
 
     fn delete(&self, key: &str) -> Result<()> {

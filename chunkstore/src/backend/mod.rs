@@ -14,7 +14,7 @@ use std::{fmt::Debug, ops::Range};
 
 use bytes::Bytes;
 
-use crate::error::Result;
+use crate::error::{Result, StoreError};
 
 pub use self::url::open_url;
 
@@ -106,6 +106,12 @@ pub trait Backend: Send + Sync + Debug {
     /// Writes a mutable object if its version is still `expected` (`None`: if there is none yet). Empty `bytes`
     /// remove it. Whether it was written; durable once this returns `true`.
     fn swap(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool>;
+
+    /// As [`Backend::swap`] where that failed for want of room: the bytes, which are fewer than those that are there, go
+    /// where those are. A crash in the midst may leave the object damaged, so this is for one that goes away.
+    fn swap_without_room(&self, key: &str, _expected: Option<&Version>, _bytes: Bytes) -> Result<bool> {
+        Err(StoreError::Full { doing: format!("moving {key}") })
+    }
 
     /// Deletes an object; done as well if there is none.
     fn delete(&self, key: &str) -> Result<()>;

@@ -213,6 +213,10 @@ impl Backend for ModelledBackend {
         self.inner.swap(key, expected, bytes)
     }
 
+    fn swap_without_room(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
+        self.inner.swap_without_room(key, expected, bytes)
+    }
+
     fn delete(&self, key: &str) -> Result<()> {
         self.inner.delete(key)
     }

@@ -268,11 +268,12 @@ impl Store {
                 continue;
             }
             if !dry_run {
-                let (current, version) = self.reference(&reference.name)?;
-                if current.as_ref() != Some(&reference) {
+                let found = self.find(&reference.name)?;
+                if found.reference.as_ref() != Some(&reference) {
                     continue;
                 }
-                match self.swap_reference(&reference.name, version.as_ref(), None) {
+                let sequence = found.sequence.saturating_add(1);
+                match self.swap_for_tombstone(&reference.name, found.version.as_ref(), sequence) {
                     Err(StoreError::Conflict { .. }) => continue,
                     other => other?,
                 }

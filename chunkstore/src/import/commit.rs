@@ -37,7 +37,7 @@ impl Store {
         files: &[ImageFile],
         parent: Option<&Snapshot>,
         layout: Layout,
-        (current, version): (Option<Reference>, Option<Version>),
+        (sequence, version): (u64, Option<Version>),
         index: &Index,
         packing: Packing,
     ) -> Result<ImportReport> {
@@ -114,7 +114,7 @@ impl Store {
 
         let reference = Reference {
             name: request.name.clone(),
-            sequence: current.as_ref().map_or(1, |r| r.sequence + 1),
+            sequence: sequence.saturating_add(1),
             snapshot: root.snapshot_id(&self.domain),
             root: root_id,
             root_bytes: root_bytes as u32,
@@ -133,7 +133,7 @@ impl Store {
         });
         let moved = proven.and_then(|()| {
             announced.check_time()?;
-            let moved = self.swap_reference(&request.name, version.as_ref(), Some(&reference));
+            let moved = self.swap_reference(&request.name, version.as_ref(), &reference);
             moved.map_err(|e| match e {
                 StoreError::Unavailable { store, why, .. } => {
                     StoreError::InDoubt { name: request.name.to_string(), store, why }

@@ -33,6 +33,7 @@ use crate::{
     error::{Result, StoreError},
     index::Index,
     progress::Progress,
+    refs::Found,
     snapshot::Snapshot,
     store::Store,
 };
@@ -78,7 +79,7 @@ impl Store {
         packing: Packing,
         progress: &dyn Progress,
     ) -> Result<ImportReport> {
-        let (current, version) = self.reference(&request.name)?;
+        let Found { reference: current, sequence, version } = self.find(&request.name)?;
         if current.is_some() && !request.replace && request.parent.as_ref() != Some(&request.name) {
             return Err(StoreError::Usage(format!(
                 "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
@@ -99,7 +100,7 @@ impl Store {
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
         let done = self.lay_out(request, index, &images, bases, packing, progress).and_then(|layout| {
-            self.commit(request, &images, parent.as_ref(), layout, (current, version), index, packing)
+            self.commit(request, &images, parent.as_ref(), layout, (sequence, version), index, packing)
         });
         match (&done, &parent) {
             // It was repacked meanwhile, and what it stood for collected: it is all there, elsewhere.

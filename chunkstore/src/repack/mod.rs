@@ -293,7 +293,7 @@ impl Store {
         let root_bytes = object.len() as u32;
         self.put_content(&self.keys.root(id), object)?;
         let new = Reference {
-            sequence: old.sequence + 1,
+            sequence: old.sequence.saturating_add(1),
             root: id,
             root_bytes,
             written_unix_ms: now_unix_ms(),
@@ -306,7 +306,7 @@ impl Store {
                 return Ok(None);
             }
             announced.check_time()?;
-            match self.swap_reference(&old.name, version.as_ref(), Some(&new)) {
+            match self.swap_reference(&old.name, version.as_ref(), &new) {
                 Err(StoreError::Conflict { .. }) => Ok(None),
                 moved => moved.map(|()| Some(u64::from(root_bytes))),
             }

@@ -141,6 +141,15 @@ pub fn reference() -> Reference {
     }
 }
 
+/// What is at the key of a name in the versions that know nonces: of two kinds.
+pub fn named(domain: &Domain) -> [(&'static str, Named); 2] {
+    let tombstone = Tombstone { name_key: domain.name_key(reference().name.as_str()), sequence: 42 };
+    [("reference", Named::Reference(reference())), ("tombstone", Named::Removed(tombstone))]
+}
+
+/// A nonce that is always the same.
+pub const NONCE: Nonce = *b"never used twice";
+
 /// A frame that is stored as it is, so that its bytes do not depend on the version of zstd.
 pub fn raw_frame(domain: &Domain, seed: u64, bytes: usize) -> (Vec<u8>, EncodedFrame) {
     let raw = noise(seed, bytes);

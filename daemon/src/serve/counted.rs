@@ -160,6 +160,11 @@ impl Backend for Counted {
         self.metrics.write("swap", len, || self.inner.swap(key, expected, bytes))
     }
 
+    fn swap_without_room(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
+        let len = bytes.len() as u64;
+        self.metrics.write("swap", len, || self.inner.swap_without_room(key, expected, bytes))
+    }
+
     fn delete(&self, key: &str) -> Result<()> {
         self.metrics.time("delete", || self.inner.delete(key))
     }
