@@ -161,7 +161,7 @@ impl Backend for Counted {
     }
 
     fn swap_without_room(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
-        let len = bytes.len() as u64;
+        let len = bytes.len();
         self.metrics.write("swap", len, || self.inner.swap_without_room(key, expected, bytes))
     }
 
