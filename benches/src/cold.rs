@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use dormouse_chunkstore::backend::modelled::{FirstByte, ModelledBackend, StoreModel};
 use dormouse_chunkstore::backend::open_url;
 use dormouse_chunkstore::{Store, StoreOptions};
-use dormouse_restore::{Policy, Restore, StreamFill, VmStopped};
+use dormouse_restore::{Policy, Restore, VmStopped};
+use dormouse_wake::StreamFill;
 
 use crate::guest::{Bench, GUEST_PAGES, fresh, import, name, plan};
 use crate::install::image;

@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use dormouse_chunkstore::TouchedRun;
 use dormouse_core::{PAGE_BYTES, PageIndex};
 use dormouse_restore::state::PageState;
-use dormouse_restore::{Policy, VmStopped, fill_from_stream};
+use dormouse_restore::{Policy, VmStopped};
+use dormouse_wake::fill_from_stream;
 
 use crate::guest::{Bench, name, start};
 use crate::install::image;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dormouse_core::{ImageKind, PAGE_BYTES, PageIndex};
-use dormouse_restore::{Content, Extent, Mapping, PageSource, Policy, StoredImage, VmStopped};
+use dormouse_restore::{Content, Extent, Mapping, PageSource, Policy, VmStopped};
+use dormouse_wake::StoredImage;
 
 use crate::guest::{Bench, GUEST_PAGES, MEMORY, fresh, name, start};
 use crate::raw::{PlainFrames, serving};

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use dormouse_chunkstore::{HotStream, Store, StoreOptions, TouchedRun, backend::open_url};
 use dormouse_core::PAGE_BYTES;
-use dormouse_restore::{Policy, StoredImage, VmStopped, fill_from_memory, fill_from_stream};
+use dormouse_restore::{Policy, VmStopped};
+use dormouse_wake::{StoredImage, fill_from_memory, fill_from_stream};
 
 use crate::guest::{Bench, GUEST_PAGES, import, name, start};
 use crate::install::{decoded, image, resume_with};

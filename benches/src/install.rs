@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use dormouse_chunkstore::{HotStream, Resume};
 use dormouse_core::{ImageKind, PAGE_BYTES};
-use dormouse_restore::{Policy, StoredImage, VmStopped, fill_from_memory, fill_from_stream};
+use dormouse_restore::{Policy, VmStopped};
+use dormouse_wake::{StoredImage, fill_from_memory, fill_from_stream};
 
 use crate::guest::{Bench, GUEST_PAGES, MEMORY, name, start};
 use crate::raw::{PlainFrames, copy_all};

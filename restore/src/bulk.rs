@@ -13,7 +13,7 @@ use crate::sys::region::RegisteredRegion;
 use crate::sys::staging::Staging;
 
 /// Pages in a block.
-const BLOCK_PAGES: u64 = PageSize::Huge.pages();
+pub const BLOCK_PAGES: u64 = PageSize::Huge.pages();
 
 /// Installs verified bytes that arrive by other ways than a fault, such as a working-set stream. Clones may
 /// be used from any number of threads at once.
@@ -50,19 +50,19 @@ impl BulkInstaller {
     }
 
     /// [`RestoreHandle::mark`].
-    pub(crate) fn mark(&self, phase: &str) {
+    pub fn mark(&self, phase: &str) {
         self.core.timeline.mark(phase);
     }
 
     /// Whether there are blocks at all, for [`block_at`](Self::block_at).
-    pub(crate) fn gathers(&self) -> bool {
+    pub fn gathers(&self) -> bool {
         let huge = |region: &RegisteredRegion| region.page_size() == PageSize::Huge;
         self.core.installer.moves() || self.core.memory.regions().iter().any(huge)
     }
 
     /// The 2 MiB that `page` lies in, if they are better put together first and installed as one: a page of 2 MiB
     /// cannot be installed otherwise, and small ones may be moved.
-    pub(crate) fn block_at(&self, page: PageIndex) -> Option<PageRun> {
+    pub fn block_at(&self, page: PageIndex) -> Option<PageRun> {
         let region = self.core.plan.region_of_page(page)?;
         let spec = self.core.plan.region(region)?.spec;
         let at = page.0 - spec.image_first.0;
@@ -81,29 +81,29 @@ impl BulkInstaller {
     }
 
     /// The page size of the region that shows `page`.
-    pub(crate) fn page_size(&self, page: PageIndex) -> Option<PageSize> {
+    pub fn page_size(&self, page: PageIndex) -> Option<PageSize> {
         Some(self.core.plan.region(self.core.plan.region_of_page(page)?)?.spec.page_size)
     }
 
     /// Whether nothing is left to be installed of the block that begins with `first`.
-    pub(crate) fn is_settled(&self, first: PageIndex) -> bool {
+    pub fn is_settled(&self, first: PageIndex) -> bool {
         let span = self.core.plan.span_within(PageRun { first, pages: BLOCK_PAGES });
         span.is_none_or(|span| self.core.table.find(span, |state| !state.is_settled()).is_none())
     }
 
     /// Whether a vCPU waits for something that has to be fetched.
-    pub(crate) fn is_demanded(&self) -> bool {
+    pub fn is_demanded(&self) -> bool {
         self.core.queue.demand_waiting()
     }
 
     /// Waits a little; whether the restore was stopped.
-    pub(crate) fn pause(&self) -> bool {
+    pub fn pause(&self) -> bool {
         self.core.queue.pause(Duration::from_millis(1))
     }
 
     /// Installs the block that begins with `first`, whose verified bytes are in `block`. Returns as
     /// [`install_run`](Self::install_run).
-    pub(crate) fn install_block(&self, first: PageIndex, block: &mut Staging) -> Result<u64, RestoreError> {
+    pub fn install_block(&self, first: PageIndex, block: &mut Staging) -> Result<u64, RestoreError> {
         let span = self.core.plan.span_within(PageRun { first, pages: BLOCK_PAGES });
         let span = span.ok_or(RestoreError::NotShown { page: first })?;
         if span.cells() != BLOCK_PAGES {

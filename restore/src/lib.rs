@@ -15,8 +15,7 @@
 //!    -> rest.rs installs what else the image shows of that frame, once nobody waits
 //! ```
 //!
-//! And what comes before any fault: `first_pages.rs` decodes a resume stream ahead of the machine and installs it in
-//! bulk; `recording.rs` tells from faults, and from pages held out (`coverage.rs`), what the next stream should be.
+//! What comes without a fault, as from a resume stream, goes in by [`BulkInstaller`], in runs or in blocks of 2 MiB.
 //!
 //! Rules the code keeps, each with a test:
 //! - A page that cannot be had correctly is waited for, poisoned, or the VM killed, never zero-filled ([`policy`]).
@@ -25,29 +24,23 @@
 //! - The descriptor is never closed under a live VM ([`RestoreHandle`]).
 //! - A process killed at any instant can be followed by another ([`kept`]).
 //!
-//! This crate does not read stores, speak VMM protocols or know an on-disk format.
+//! This crate knows no store, no cloud, no VMM protocol and no on-disk format: pages come through [`PageSource`].
 #![deny(unsafe_code)]
 
 pub mod counters;
-pub mod coverage;
 pub mod error;
-pub mod first_pages;
 pub mod install;
 pub mod kept;
 pub mod outcome;
 pub mod plan;
 pub mod policy;
-pub mod recording;
 pub mod session;
 pub mod source;
 pub mod state;
-pub mod stored_image;
-pub mod stream_fill;
 pub mod table;
 pub mod timeline;
 pub mod working_set;
 
-mod blocks;
 mod bulk;
 mod core;
 mod failure;
@@ -59,30 +52,24 @@ mod pump;
 mod queue;
 mod rest;
 mod serve;
-mod sink;
 mod worker;
 
 #[expect(unsafe_code, reason = "the one place where the kernel is called by address")]
 pub mod sys;
 
-pub use bulk::BulkInstaller;
+pub use bulk::{BLOCK_PAGES, BulkInstaller};
 pub use counters::{Counters, CountersSnapshot};
-pub use coverage::{Coverage, HeldOut};
 pub use error::RestoreError;
-pub use first_pages::{FirstPages, FirstPagesSource, decode_workers};
 pub use kept::{KeptStates, KeptStatesError};
 pub use plan::{PageRun, PageSize, Plan, PlanError, RegionSpec};
 pub use policy::{FailClosed, Policy, Retry};
-pub use recording::{PageByPage, Recording, SessionRecord};
 pub use session::{DetachError, Restore, RestoreHandle, VmStopped};
 pub use source::{
     Content, DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind,
 };
-pub use stored_image::StoredImage;
-pub use stream_fill::{StreamFill, StreamFilled, fill_from_memory, fill_from_stream};
 pub use sys::mapping::Mapping;
 pub use sys::memory::Memory;
 pub use sys::staging::Staging;
 pub use sys::uffd::{Uffd, UffdError, UffdOptions};
 pub use timeline::{Histogram, Phase, TimelineReport};
-pub use working_set::{PageSet, WORKING_SET_PAGES_MAX, WorkingSet, predict};
+pub use working_set::{WORKING_SET_PAGES_MAX, WorkingSet};

@@ -89,12 +89,12 @@ impl Extent {
     }
 
     /// The page after the run's last.
-    pub(crate) fn end(&self) -> u64 {
+    pub fn end(&self) -> u64 {
         self.first.0.saturating_add(self.pages)
     }
 
     /// Whether `page` is in the run.
-    pub(crate) fn contains(&self, page: PageIndex) -> bool {
+    pub fn contains(&self, page: PageIndex) -> bool {
         (self.first.0..self.end()).contains(&page.0)
     }
 }

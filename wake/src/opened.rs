@@ -5,14 +5,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use crate::{
+    FirstPages, FirstPagesSource, HeldOut, Recording, SessionRecord, StoredImage, coverage::ONE_IN_OF_BAD,
+    predict,
+};
 use dormouse_chunkstore::{
     Resume, ResumeStream, Snapshot, Store, StoreError, StreamInfo, StreamReport, TouchedRun,
 };
 use dormouse_core::{ImageKind, Name};
-use dormouse_restore::{
-    FirstPages, FirstPagesSource, HeldOut, PageSize, PageSource, Recording, RestoreError, SessionRecord,
-    StoredImage, WORKING_SET_PAGES_MAX, coverage::ONE_IN_OF_BAD, predict,
-};
+use dormouse_restore::{PageSize, PageSource, RestoreError, WORKING_SET_PAGES_MAX};
 
 use crate::{MEMORY_ID, records::Records};
 

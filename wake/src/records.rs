@@ -12,9 +12,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use crate::SessionRecord;
 use dormouse_chunkstore::{Snapshot, Store};
 use dormouse_core::SnapshotId;
-use dormouse_restore::{SessionRecord, WORKING_SET_PAGES_MAX};
+use dormouse_restore::WORKING_SET_PAGES_MAX;
 use serde::{Deserialize, Serialize};
 
 /// Raise it whenever the meaning changes: records of other versions count as none.
@@ -92,7 +93,7 @@ impl Record {
         Self::decode(&fs::read(path)?)
     }
 
-    /// Reads a record from its bytes. Its runs may be any numbers; [`dormouse_restore::predict`] copes with all of them.
+    /// Reads a record from its bytes. Its runs may be any numbers; [`crate::predict`] copes with all of them.
     ///
     /// # Errors
     /// They are no record of this version.

@@ -8,7 +8,8 @@ use std::{
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{Resume, Store, StoreError, StreamReport};
 use dormouse_core::Name;
-use dormouse_restore::{WORKING_SET_PAGES_MAX, predict};
+use dormouse_restore::WORKING_SET_PAGES_MAX;
+use dormouse_wake::predict;
 use dormouse_wake::{Opened, Record, Records};
 use serde::Serialize;
 

@@ -1,6 +1,6 @@
 //! The record of a working set, and what is predicted from it.
-use dormouse_restore::predict;
 use dormouse_wake::Record;
+use dormouse_wake::predict;
 
 pub(crate) fn check(bytes: &[u8]) {
     if let Ok(record) = Record::decode(bytes) {

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 pub mod scripted;
-pub mod stored;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use dormouse_restore::{PageSize, PageSource, Recording, SessionRecord};
+use dormouse_restore::{PageSize, PageSource};
+use dormouse_wake::{Recording, SessionRecord};
 
 use super::on_demand::{OnDemand, OnDemandError, WakeOptions, lock};
 use super::shown::show;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use dormouse_restore::SessionRecord;
+use dormouse_wake::SessionRecord;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::counts::{FaultCounts, ImageReport};

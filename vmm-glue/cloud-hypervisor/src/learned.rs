@@ -1,7 +1,8 @@
 //! What a session of a VM teaches for the next one.
 
 use dormouse_chunkstore::StreamReport;
-use dormouse_restore::{SessionRecord, WORKING_SET_PAGES_MAX, predict};
+use dormouse_restore::WORKING_SET_PAGES_MAX;
+use dormouse_wake::{SessionRecord, predict};
 
 use super::on_demand::RECORD_WINDOW;
 use dormouse_wake::Opened;

@@ -8,7 +8,8 @@ use dormouse_chunkstore::{
     BlobBytes, BlobSource, Image, ImageSource, Progress, Resume, Snapshot, StoreError,
 };
 use dormouse_core::{FormatError, ImageId, ImageKind};
-use dormouse_restore::{PageSource, StoredImage};
+use dormouse_restore::PageSource;
+use dormouse_wake::StoredImage;
 
 use super::memory::{MemorySlotsError, StoredIn, memory_slots};
 use super::receive::Received;

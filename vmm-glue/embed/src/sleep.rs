@@ -4,7 +4,8 @@ use dormouse_chunkstore::{
     BlobBytes, BlobSource, Dirty, ImageSource, ImportReport, ImportRequest, NoProgress, Store, StoreError,
 };
 use dormouse_core::{FormatError, ImageId, ImageKind, Name};
-use dormouse_restore::{PageRun, SessionRecord};
+use dormouse_restore::PageRun;
+use dormouse_wake::SessionRecord;
 use vm_memory::GuestMemoryMmap;
 
 use super::memory::{ImageFile, image_ranges};

@@ -7,10 +7,10 @@ use dormouse_chunkstore::{Resume, Snapshot, StoreError, StreamReport};
 use dormouse_core::{PageCount, PageIndex};
 use dormouse_restore::install::{UffdCopy, UffdMove};
 use dormouse_restore::{
-    Memory, PageRun, PageSize, Plan, PlanError, Policy, Recording, RegionSpec, Restore, RestoreError,
-    RestoreHandle, SessionRecord, SourceError, Uffd, UffdError, UffdOptions, VmStopped,
-    WORKING_SET_PAGES_MAX, predict,
+    Memory, PageRun, PageSize, Plan, PlanError, Policy, RegionSpec, Restore, RestoreError, RestoreHandle,
+    SourceError, Uffd, UffdError, UffdOptions, VmStopped, WORKING_SET_PAGES_MAX,
 };
+use dormouse_wake::{Recording, SessionRecord, predict};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::sys::guest_mapping::GuestMapping;

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Weak};
 use std::thread::{Builder, JoinHandle};
 
-use dormouse_restore::{FirstPages, FirstPagesSource, PageSize, Recording, RestoreError, RestoreHandle};
+use dormouse_restore::{PageSize, RestoreError, RestoreHandle};
+use dormouse_wake::{FirstPages, FirstPagesSource, Recording};
 
 use super::earlier::{Earlier, go_on_recording};
 use super::session::SessionOptions;

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dormouse_restore::{PageSize, Recording, RestoreError, RestoreHandle};
+use dormouse_restore::{PageSize, RestoreError, RestoreHandle};
+use dormouse_wake::Recording;
 
 use super::tracking::Tracking;
 use super::watch::{Watch, Watching};

@@ -7,10 +7,11 @@ use std::time::Duration;
 use dormouse_core::OnFailure;
 use dormouse_keeper::record::KeptOptions;
 use dormouse_restore::{
-    CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageByPage, PageSize, PageSource,
-    PlanError, Policy, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
+    CountersSnapshot, DetachError, FailClosed, KeptStatesError, Memory, PageSize, PageSource, PlanError,
+    Policy, Restore, RestoreError, RestoreHandle, Retry, TimelineReport, UffdError, VmStopped,
     WORKING_SET_PAGES_MAX,
 };
+use dormouse_wake::PageByPage;
 
 use super::beside::accompany;
 use super::earlier::Earlier;

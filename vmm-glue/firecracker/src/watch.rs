@@ -7,7 +7,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use dormouse_restore::{Coverage, Recording, RestoreError, RestoreHandle, WORKING_SET_PAGES_MAX, predict};
+use dormouse_restore::{RestoreError, RestoreHandle, WORKING_SET_PAGES_MAX};
+use dormouse_wake::{Coverage, Recording, predict};
 
 use super::tracking::Tracking;
 use dormouse_vmm_common::vmm_process::VmmProcess;

@@ -9,17 +9,18 @@ use dormouse_core::{
     section,
 };
 
-use crate::source::{DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind};
+use dormouse_restore::{
+    DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind,
+};
 
-impl From<StoreError> for SourceError {
-    fn from(error: StoreError) -> Self {
-        let kind = match &error {
-            StoreError::Unavailable { .. } | StoreError::Denied { .. } => SourceErrorKind::Retryable,
-            StoreError::Missing { .. } => SourceErrorKind::Gone,
-            _ => SourceErrorKind::Damaged,
-        };
-        SourceError::new(kind, error.to_string())
-    }
+/// A store's error, as what a restore should do about it.
+pub fn source_error(error: StoreError) -> SourceError {
+    let kind = match &error {
+        StoreError::Unavailable { .. } | StoreError::Denied { .. } => SourceErrorKind::Retryable,
+        StoreError::Missing { .. } => SourceErrorKind::Gone,
+        _ => SourceErrorKind::Damaged,
+    };
+    SourceError::new(kind, error.to_string())
 }
 
 /// An image of a snapshot that was opened in a store.
@@ -91,12 +92,12 @@ impl PageSource for StoredImage {
 
     fn locate(&self, page: PageIndex) -> Result<Extent, SourceError> {
         check(page, self.page_count())?;
-        Ok(self.extent(page, self.image.section(page.section())?.as_deref()))
+        Ok(self.extent(page, self.image.section(page.section()).map_err(source_error)?.as_deref()))
     }
 
     fn fetch(&self, frame: FrameToken) -> Result<DecodedFrame, SourceError> {
-        let place = self.place(frame, self.image.section(section_of(frame))?)?;
-        Ok(DecodedFrame::new(Arc::new(self.image.frame(&place)?)))
+        let place = self.place(frame, self.image.section(section_of(frame)).map_err(source_error)?)?;
+        Ok(DecodedFrame::new(Arc::new(self.image.frame(&place).map_err(source_error)?)))
     }
 
     fn try_locate(&self, page: PageIndex) -> Option<Extent> {

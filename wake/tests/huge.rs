@@ -2,21 +2,25 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(unreachable_pub, reason = "a shared module of the tests")]
 
+#[path = "../../restore/tests/common/mod.rs"]
 mod common;
+#[path = "common/stored.rs"]
+mod stored;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::stored::{PAGES, snapshot};
 use common::{Rng, TestImage, own, skip, uffd_or_skip, verify};
 use dormouse_core::ImageKind;
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::state::PageState;
 use dormouse_restore::sys::shared_file::SharedFile;
 use dormouse_restore::{
-    Extent, FirstPages, FirstPagesSource, HeldOut, KeptStates, Mapping, Memory, PageRun, PageSize,
-    PageSource, Plan, Policy, Recording, RegionSpec, Restore, StoredImage, VmStopped,
+    Extent, KeptStates, Mapping, Memory, PageRun, PageSize, PageSource, Plan, Policy, RegionSpec, Restore,
+    VmStopped,
 };
+use dormouse_wake::{FirstPages, FirstPagesSource, HeldOut, Recording, StoredImage};
+use stored::{PAGES, snapshot};
 
 const NR: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";

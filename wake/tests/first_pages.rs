@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(unreachable_pub, reason = "a shared module of the tests")]
 
+#[path = "../../restore/tests/common/mod.rs"]
 mod common;
+#[path = "common/stored.rs"]
+mod stored;
 
 use std::sync::Arc;
 
-use common::stored::{PAGES, snapshot};
 use common::{Rng, uffd_or_skip};
 use dormouse_chunkstore::Resume;
 use dormouse_core::{
@@ -14,10 +16,11 @@ use dormouse_core::{
     page::{PAGE_BYTES, PageCount, PageIndex},
 };
 use dormouse_restore::{
-    DecodedFrame, Extent, FirstPages, FirstPagesSource, FrameToken, HeldOut, Mapping, Memory, PageSize,
-    PageSource, Plan, Policy, Recording, RegionSpec, Restore, RestoreHandle, SourceError, StoredImage,
-    VmStopped,
+    DecodedFrame, Extent, FrameToken, Mapping, Memory, PageSize, PageSource, Plan, Policy, RegionSpec,
+    Restore, RestoreHandle, SourceError, VmStopped,
 };
+use dormouse_wake::{FirstPages, FirstPagesSource, HeldOut, Recording, StoredImage};
+use stored::{PAGES, snapshot};
 
 struct Awake {
     handle: RestoreHandle,

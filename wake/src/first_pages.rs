@@ -20,10 +20,10 @@ use dormouse_core::{
 
 use crate::{
     coverage::HeldOut,
-    error::RestoreError,
-    session::RestoreHandle,
     sink::{Sink, Waiting, compose},
-    source::{DecodedFrame, Extent, FrameToken, PageSource, SourceError},
+};
+use dormouse_restore::{
+    DecodedFrame, Extent, FrameToken, PageSource, RestoreError, RestoreHandle, SourceError,
 };
 
 /// Decoded bytes that wait for a machine that is not there yet, at most. Those kept for many machines do not count.

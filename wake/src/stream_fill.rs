@@ -8,7 +8,7 @@ use std::{
 use dormouse_chunkstore::{HotStream, Result as StoreResult, ResumeStream, StoreError};
 use dormouse_core::PAGE_BYTES;
 
-use crate::{bulk::BulkInstaller, error::RestoreError, session::RestoreHandle};
+use dormouse_restore::{BulkInstaller, RestoreError, RestoreHandle};
 
 /// What a stream brought.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

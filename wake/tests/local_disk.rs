@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(unreachable_pub, reason = "a shared module of the tests")]
 
+#[path = "../../restore/tests/common/mod.rs"]
 mod common;
 
 use std::{path::PathBuf, sync::Arc};
@@ -17,9 +18,9 @@ use dormouse_core::{
     page::{PAGE_BYTES, PageCount, PageIndex},
 };
 use dormouse_restore::{
-    CountersSnapshot, Mapping, Memory, PageSize, PageSource, Plan, Policy, RegionSpec, Restore, StoredImage,
-    VmStopped,
+    CountersSnapshot, Mapping, Memory, PageSize, PageSource, Plan, Policy, RegionSpec, Restore, VmStopped,
 };
+use dormouse_wake::StoredImage;
 
 const PAGES: u64 = 1024;
 

@@ -13,13 +13,9 @@ use std::{
 
 use dormouse_core::page::{PAGE_BYTES, PageIndex};
 
-use crate::{
-    bulk::BulkInstaller, core::lock, coverage::HeldOut, plan::PageSize, sys::staging::Staging,
-    working_set::PageSet,
-};
+use crate::{coverage::HeldOut, lock, page_set::PageSet};
+use dormouse_restore::{BLOCK_PAGES, BulkInstaller, PageSize, Staging};
 
-/// Pages in a block.
-pub(crate) const BLOCK_PAGES: u64 = PageSize::Huge.pages();
 /// Blocks under way at once: as many bytes as may wait for a machine. What comes for others meanwhile is not gathered.
 const OPEN_MAX: usize = 128;
 /// Memory of blocks that were copied, kept for the next.

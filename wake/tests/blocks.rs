@@ -2,14 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(unreachable_pub, reason = "a shared module of the tests")]
 
+#[path = "../../restore/tests/common/mod.rs"]
 mod common;
+#[path = "common/stored.rs"]
+mod stored;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 
-use common::stored::{PAGES, snapshot};
 use common::{Rng, uffd_or_skip, until};
 use dormouse_chunkstore::{Resume, Store, StoreOptions};
 use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
@@ -19,9 +21,10 @@ use dormouse_restore::outcome::Outcome;
 use dormouse_restore::plan::Span;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
-    Counters, FirstPages, FirstPagesSource, HeldOut, Mapping, Memory, PageSize, Plan, Policy, RegionSpec,
-    Restore, RestoreHandle, Staging, StoredImage, VmStopped,
+    Counters, Mapping, Memory, PageSize, Plan, Policy, RegionSpec, Restore, RestoreHandle, Staging, VmStopped,
 };
+use dormouse_wake::{FirstPages, FirstPagesSource, HeldOut, StoredImage};
+use stored::{PAGES, snapshot};
 
 struct Bed {
     first: FirstPages,

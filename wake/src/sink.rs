@@ -9,12 +9,11 @@ use dormouse_core::page::{PAGE_BYTES, PageIndex};
 
 use crate::{
     blocks::{Added, Blocks, Gathered},
-    bulk::BulkInstaller,
-    core::lock,
     coverage::HeldOut,
-    error::RestoreError,
-    plan::PageSize,
-    source::{Content, PageSource, SourceError, SourceErrorKind},
+    lock,
+};
+use dormouse_restore::{
+    BulkInstaller, Content, PageSize, PageSource, RestoreError, SourceError, SourceErrorKind,
 };
 
 /// Pages of a stream that one machine is not given at once: those held out of it, and those whose block is not whole

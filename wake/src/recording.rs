@@ -8,11 +8,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     coverage::{Coverage, HeldOut},
     first_pages::FirstPages,
-    plan::PageSize,
-    session::RestoreHandle,
-    source::{Content, Extent, FrameToken, PageSource, SourceError},
-    state::PageState,
-    working_set::PageSet,
+    page_set::PageSet,
+};
+use dormouse_restore::{
+    Content, Extent, FrameToken, PageSize, PageSource, RestoreHandle, SourceError, state::PageState,
 };
 
 /// Pages taken for a touch of a page that was zero: as many as come with the fault, now or a little later.
@@ -189,7 +188,7 @@ impl PageSource for PageByPage {
         self.0.locate(page).map(|extent| alone(page, extent))
     }
 
-    fn fetch(&self, frame: FrameToken) -> Result<crate::source::DecodedFrame, SourceError> {
+    fn fetch(&self, frame: FrameToken) -> Result<dormouse_restore::DecodedFrame, SourceError> {
         self.0.fetch(frame)
     }
 
@@ -197,11 +196,11 @@ impl PageSource for PageByPage {
         self.0.try_locate(page).map(|extent| alone(page, extent))
     }
 
-    fn try_fetch(&self, frame: FrameToken) -> Option<crate::source::DecodedFrame> {
+    fn try_fetch(&self, frame: FrameToken) -> Option<dormouse_restore::DecodedFrame> {
         self.0.try_fetch(frame)
     }
 
-    fn fetch_at_hand(&self, frame: FrameToken) -> Option<crate::source::DecodedFrame> {
+    fn fetch_at_hand(&self, frame: FrameToken) -> Option<dormouse_restore::DecodedFrame> {
         self.0.fetch_at_hand(frame)
     }
 
