@@ -20,8 +20,8 @@ use object_store::local::LocalFileSystem;
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version,
-    object::{ObjectBackend, Runner},
+    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version, object::ObjectBackend,
+    runner::Runner,
 };
 use crate::{
     error::{Result, StoreError},

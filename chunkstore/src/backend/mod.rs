@@ -8,6 +8,7 @@ mod http;
 mod local;
 pub mod modelled;
 mod object;
+mod runner;
 mod url;
 
 use std::{fmt::Debug, ops::Range};

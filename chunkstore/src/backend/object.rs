@@ -1,6 +1,6 @@
 //! Any store that the `object_store` crate speaks to.
 
-use std::{future::Future, ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
@@ -9,37 +9,8 @@ use object_store::{
     path::Path,
 };
 
-use super::{Backend, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version};
+use super::{Backend, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version, runner::Runner};
 use crate::error::{Result, StoreError};
-
-/// How futures are run: network clients need a runtime, the local file system does not.
-#[derive(Debug)]
-pub(super) struct Runner(Option<tokio::runtime::Runtime>);
-
-impl Runner {
-    pub(super) const INLINE: Self = Runner(None);
-
-    pub(super) fn on(runtime: tokio::runtime::Runtime) -> Self {
-        Runner(Some(runtime))
-    }
-
-    fn run<F: Future>(&self, future: F) -> F::Output {
-        match &self.0 {
-            None => futures::executor::block_on(future),
-            Some(runtime) => runtime.block_on(future),
-        }
-    }
-}
-
-impl Drop for Runner {
-    /// Waits for nobody: whoever lets go of a store last may be a thread of another runtime, which may not wait. Nothing is
-    /// under way then, as every call waits for its end.
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
 
 /// An object store behind blocking calls.
 #[derive(Debug)]
