@@ -85,6 +85,24 @@ pub enum StoreError {
         /// The name.
         name: String,
     },
+    /// The name is taken, and nobody said that it may be moved.
+    #[error(
+        "a snapshot called {name} exists; choose another name, pass --replace, or make it the parent with --parent {name}"
+    )]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// Somebody else collects garbage or repacks, which one at a time may do.
+    #[error(
+        "garbage is being collected by {owner}; try again when it is done, or {minutes} minutes after it died"
+    )]
+    Busy {
+        /// Who it is: a process and its host.
+        owner: String,
+        /// How long it may say nothing before it is taken for dead.
+        minutes: u64,
+    },
     /// Pages that were to be shared were collected as garbage while the import ran.
     #[error("packs this import shares were collected meanwhile ({packs}); run the import again")]
     LostRace {
@@ -125,8 +143,44 @@ pub enum StoreError {
         /// What it said.
         why: String,
     },
+    /// The bucket or container does not exist.
+    #[error(
+        "there is no store at {store} ({why}); make the bucket or container, or see that the URL is right"
+    )]
+    NoSuchStore {
+        /// The store's URL.
+        store: String,
+        /// What it said.
+        why: String,
+    },
+    /// The store cannot do what is asked of it, or does not keep its word; no other attempt will end otherwise.
+    #[error(
+        "the store at {store} cannot keep snapshots safely: {why}; use one that honours the conditions of writes \
+         (If-None-Match and If-Match)"
+    )]
+    Unsupported {
+        /// The store's URL.
+        store: String,
+        /// What it does or says.
+        why: String,
+    },
+    /// The way to the store is configured wrongly: a region, an endpoint, plain HTTP without permission.
+    #[error("{doing} failed: the store at {store} is not configured rightly ({why}); {remedy}")]
+    Config {
+        /// The operation.
+        doing: String,
+        /// The store's URL.
+        store: String,
+        /// What it or the client said.
+        why: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
     /// No room left.
-    #[error("{doing} failed: the disk is full; the store is as it was before, free some room and try again")]
+    #[error(
+        "{doing} failed: the disk is full, or the quota used up; the store is as it was before, free some room and try \
+         again"
+    )]
     Full {
         /// The operation.
         doing: String,
@@ -157,7 +211,10 @@ impl StoreError {
     pub fn is_retryable(&self) -> bool {
         matches!(
             self,
-            StoreError::Unavailable { .. } | StoreError::InDoubt { .. } | StoreError::LostRace { .. }
+            StoreError::Unavailable { .. }
+                | StoreError::InDoubt { .. }
+                | StoreError::LostRace { .. }
+                | StoreError::Busy { .. }
         )
     }
 

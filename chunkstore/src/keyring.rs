@@ -59,6 +59,11 @@ impl Access {
         let _ = self.settled.set((opened, key));
     }
 
+    /// Where this host caches what it knows of the store.
+    pub(crate) fn cache_base(&self) -> Option<&std::path::Path> {
+        self.cache_base.as_deref()
+    }
+
     /// Where this host caches the domain.
     pub(crate) fn cache_dir(&self) -> Option<&std::path::Path> {
         self.opened().cache_dir.as_deref()
@@ -163,7 +168,9 @@ impl Store {
 
     /// Makes the key's domain if there is none yet.
     pub(crate) fn found(&self) -> Result<()> {
-        if self.settle()? {
+        let is_settled = self.settle()?;
+        self.prove_conditions()?;
+        if is_settled {
             return Ok(());
         }
         let Some(user) = &self.domain.0.user else { return Ok(()) };

@@ -7,6 +7,8 @@
 
 mod announce;
 pub mod backend;
+mod cancel;
+mod conditions;
 mod disk_cache;
 mod error;
 mod export;
@@ -17,6 +19,8 @@ mod index;
 mod keyring;
 mod keys;
 mod meta_packs;
+#[cfg(test)]
+mod misbehaving;
 mod near_frame;
 mod new_root;
 mod page_cache;

@@ -89,6 +89,7 @@ impl Store {
     }
 
     fn swap_named(&self, name: &Name, expected: Option<&Version>, bytes: Bytes) -> Result<()> {
+        self.prove_conditions()?;
         let key = self.keys.reference(&self.domain, name);
         let swapped = match self.backend.swap(&key, expected, bytes.clone()) {
             // The answer may have been lost: the reference itself says whether it moved. One that does not say so, for

@@ -18,12 +18,21 @@ use crate::{
     disk_cache::DiskCache,
     error::{Result, StoreError},
     frame_cache::FrameCache,
+    gc::lease::Leased,
     keyring::{Access, TheDomain, TheKeys},
     snapshot::Snapshot,
+    tail::Slots,
 };
 
 /// Longer than any writer takes between announcing a snapshot and moving its name.
 const DEFAULT_LEASE: Duration = Duration::from_secs(15 * 60);
+
+/// Whose clocks may differ by how much of a lease: ten minutes of the default one. Those of the nodes of one store, which
+/// say when an object was written, and those of hosts, which say when a snapshot expires.
+const SKEW_LEASES: (u64, u64) = (2, 3);
+
+/// Attempts to write an object of which the store says that it is there, and does not have it.
+const WRITES_MAX: usize = 4;
 
 /// How many leases a process may be stopped for (a machine that sleeps, a VM that is moved) and then go on without harm
 /// to what others did meanwhile: a week of the default ones.
@@ -65,6 +74,12 @@ pub struct Store {
     pub(crate) keys: TheKeys,
     pub(crate) frames: Arc<FrameCache>,
     pub(crate) lease: Duration,
+    /// Set once it is known that the store keeps the conditions of writes; see [`crate::conditions`].
+    pub(crate) conditions: Arc<OnceLock<()>>,
+    /// The collector's lease, while this process has it.
+    pub(crate) leased: Arc<Leased>,
+    /// How many more reads a machine waits for may be asked for.
+    pub(crate) slots: Arc<Slots>,
     disk: Arc<OnceLock<Option<DiskCache>>>,
     pub(crate) disk_bytes: u64,
     /// Frames are read for a machine that waits for them.
@@ -105,6 +120,9 @@ impl Store {
             keys: TheKeys(access),
             frames,
             lease: options.lease,
+            conditions: Arc::default(),
+            leased: Arc::default(),
+            slots: Arc::default(),
             disk: Arc::default(),
             disk_bytes: options.disk_cache_bytes,
             waited_for: false,
@@ -173,6 +191,11 @@ impl Store {
         self.lease.as_millis() as u64 * STOPPED_LEASES
     }
 
+    /// By how many milliseconds clocks may differ.
+    pub(crate) fn skew_ms(&self) -> u64 {
+        self.lease.as_millis() as u64 * SKEW_LEASES.0 / SKEW_LEASES.1
+    }
+
     pub(crate) fn no_such(&self, name: &Name) -> StoreError {
         // There may be a better reason than that the name is wrong.
         if let Err(why) = self.settle_known().and_then(|_| self.hint_at_key()) {
@@ -238,7 +261,7 @@ impl Store {
         }
         let key = self.keys.pack(pack);
         let stored = if self.waited_for {
-            crate::tail::get(&self.backend, &key, frame.range())
+            crate::tail::get(&self.backend, &self.slots, &key, frame.range())
         } else {
             self.backend.get(&key, Some(frame.range()))
         };
@@ -271,21 +294,52 @@ impl Store {
     }
 
     /// Writes an object whose name is the hash of its content. If one is there already it must be the same, byte
-    /// for byte; one that is damaged is written again.
+    /// for byte; one that is damaged is written again, which is right whoever else writes it: none but these bytes have
+    /// this name.
     pub(crate) fn put_content(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
         let bytes = Bytes::from(bytes);
-        let first = self.backend.put_new(key, bytes.clone());
-        let outcome = match first {
-            // The answer may have been lost on its way: writing the same bytes again does no harm.
-            Err(e) if e.is_retryable() => self.backend.put_new(key, bytes.clone())?,
-            other => other?,
-        };
-        let all_and_more = || Some(0..bytes.len() as u64 + 1);
-        if outcome == PutOutcome::Exists && self.backend.get(key, all_and_more())?.as_ref() != Some(&bytes) {
-            tracing::warn!(key, "an object was damaged and has been written again");
-            self.backend.put_again(key, bytes)?;
+        for _ in 0..WRITES_MAX {
+            let first = self.backend.put_new(key, bytes.clone());
+            let outcome = match first {
+                // The answer may have been lost on its way: writing the same bytes again does no harm.
+                Err(e) if e.is_retryable() => self.backend.put_new(key, bytes.clone())?,
+                other => other?,
+            };
+            if outcome == PutOutcome::Created {
+                return Ok(());
+            }
+            match self.backend.get(key, Some(0..bytes.len() as u64 + 1))? {
+                Some(there) if there == bytes => return Ok(()),
+                Some(_) => {
+                    tracing::warn!(key, "an object was damaged and has been written again");
+                    return self.backend.put_again(key, bytes);
+                }
+                // Two writes at the same moment, neither of which was done, or one that was deleted since.
+                None => {}
+            }
         }
-        Ok(())
+        Err(self.never_there(key))
+    }
+
+    /// Writes an object that matters by being there, whatever it holds.
+    pub(crate) fn put_mark(&self, key: &str, bytes: Bytes) -> Result<()> {
+        for _ in 0..WRITES_MAX {
+            if self.backend.put_new(key, bytes.clone())? == PutOutcome::Created
+                || self.backend.head(key)?.is_some()
+            {
+                return Ok(());
+            }
+        }
+        Err(self.never_there(key))
+    }
+
+    fn never_there(&self, key: &str) -> StoreError {
+        let (doing, store) = (format!("writing {key}"), self.url().to_owned());
+        StoreError::Unavailable {
+            doing,
+            store,
+            why: "it says that there is one already, and does not have it".into(),
+        }
     }
 }
 

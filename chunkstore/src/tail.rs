@@ -4,6 +4,8 @@
 //! nothing for a rung of the ladder is asked for once more, and whichever answer comes first is taken; one that fails is
 //! asked for again after a pause. After four requests and the last rung it is *unavailable*: whoever waits decides then,
 //! which for a fault means a new ladder until the policy of its restore ends that, and for a stream doing without it.
+//! Requests that are under way by then are cancelled, and no more than so many are under way in one store: an outage in which
+//! a hundred machines wait costs no more threads than a slow hour.
 
 use std::{
     ops::Range,
@@ -15,6 +17,7 @@ use bytes::{Bytes, BytesMut};
 
 use crate::{
     backend::Backend,
+    cancel::Cancel,
     error::{Result, StoreError},
 };
 
@@ -30,6 +33,48 @@ const RUNGS: [Duration; ASKED_MOST as usize] = [
 /// The pause after request number n has failed, if no other is under way.
 const PAUSES: [Duration; ASKED_MOST as usize - 1] =
     [Duration::from_millis(10), Duration::from_millis(40), Duration::from_millis(160)];
+
+/// Most such requests under way in one store, each on a thread: four for each of 32 that wait.
+const UNDER_WAY_MOST: usize = 128;
+/// How long a read waits until one of them ends, before it is given up.
+const SLOT_PATIENCE: Duration = Duration::from_millis(1500);
+
+/// How many more requests may be under way.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    free: Mutex<usize>,
+    given_back: Condvar,
+}
+
+/// One request, until it is dropped.
+struct Slot(Arc<Slots>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.given_back.notify_one();
+    }
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Slots::new(UNDER_WAY_MOST)
+    }
+}
+
+impl Slots {
+    fn new(most: usize) -> Self {
+        Slots { free: Mutex::new(most), given_back: Condvar::new() }
+    }
+
+    fn take(self: &Arc<Self>, patience: Duration) -> Option<Slot> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.given_back.wait_timeout_while(free, patience, |free| *free == 0);
+        let mut free = waited.unwrap_or_else(PoisonError::into_inner).0;
+        *free = free.checked_sub(1)?;
+        Some(Slot(self.clone()))
+    }
+}
 
 /// What to do about a read now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +119,11 @@ impl Ladder {
     /// A request has failed.
     pub(crate) fn failed(&mut self, now: Instant) {
         (self.running, self.since) = (self.running.saturating_sub(1), now);
+    }
+
+    /// Whether no request is under way.
+    fn is_idle(&self) -> bool {
+        self.running == 0
     }
 
     /// Asking again would not help.
@@ -124,12 +174,14 @@ pub(crate) type Progress<'a> = dyn Fn() -> bool + 'a;
 /// # Errors
 /// That of a request that is not worth repeating, or else [`StoreError::Unavailable`].
 pub(crate) fn climb<T: Send + 'static>(
+    slots: &Arc<Slots>,
     unavailable: impl FnOnce(String) -> StoreError,
     request: impl Fn(&Progress<'_>) -> Result<T> + Send + Sync + 'static,
 ) -> Result<T> {
     let (ladder, answer) = (Ladder::new(Instant::now()), None);
     let state = Mutex::new(State { ladder, answer, error: None, over: false });
     let (shared, request) = (Arc::new(Shared { state, changed: Condvar::new() }), Arc::new(request));
+    let waited_for = WaitedFor(Cancel::default());
     let mut state = shared.state();
     loop {
         if let Some(answer) = state.answer.take() {
@@ -138,9 +190,30 @@ pub(crate) fn climb<T: Send + 'static>(
         }
         match state.ladder.step(Instant::now()) {
             Step::Ask => {
+                // Another request for the same is not worth waiting for; the only one is.
+                let patience = if state.ladder.is_idle() { SLOT_PATIENCE } else { Duration::ZERO };
+                drop(state);
+                let slot = slots.take(patience);
+                state = shared.state();
+                if state.answer.is_some() {
+                    continue;
+                }
                 state.ladder.ask(Instant::now());
-                let (shared, request) = (shared.clone(), request.clone());
-                let run = move || attempt(&shared, &*request);
+                let Some(slot) = slot else {
+                    state.ladder.failed(Instant::now());
+                    if state.ladder.is_idle() {
+                        state.ladder.exhaust();
+                        let (doing, store) = ("reading".into(), "this host".into());
+                        let why = "as many requests are under way as may be, and none has ended".into();
+                        state.error.get_or_insert(StoreError::Unavailable { doing, store, why });
+                    }
+                    continue;
+                };
+                let (shared, request, cancel) = (shared.clone(), request.clone(), waited_for.0.clone());
+                let run = move || {
+                    cancel.within(|| attempt(&shared, &*request));
+                    drop(slot);
+                };
                 if let Err(error) = std::thread::Builder::new().name("dm-read".into()).spawn(run) {
                     state.ladder.failed(Instant::now());
                     state.error = Some(unavailable_thread(&error));
@@ -156,6 +229,15 @@ pub(crate) fn climb<T: Send + 'static>(
                 return Err(unavailable(why));
             }
         }
+    }
+}
+
+/// Whoever waits. Without it, requests end.
+struct WaitedFor(Cancel);
+
+impl Drop for WaitedFor {
+    fn drop(&mut self) {
+        self.0.cancel();
     }
 }
 
@@ -188,11 +270,16 @@ fn attempt<T>(shared: &Shared<T>, request: &(impl Fn(&Progress<'_>) -> Result<T>
 ///
 /// # Errors
 /// As [`climb`].
-pub(crate) fn get(backend: &Arc<dyn Backend>, key: &str, range: Range<u64>) -> Result<Option<Bytes>> {
+pub(crate) fn get(
+    backend: &Arc<dyn Backend>,
+    slots: &Arc<Slots>,
+    key: &str,
+    range: Range<u64>,
+) -> Result<Option<Bytes>> {
     let store = backend.url().to_owned();
     let unavailable = |why| StoreError::Unavailable { doing: format!("reading {key}"), store, why };
     let (backend, key) = (backend.clone(), key.to_owned());
-    climb(unavailable, move |progress| {
+    climb(slots, unavailable, move |progress| {
         let (mut parts, mut stopped) = (Vec::new(), false);
         let there = backend.get_parts(&key, range.clone(), &mut |part| {
             parts.push(part);
@@ -217,6 +304,45 @@ pub(crate) fn get(backend: &Arc<dyn Backend>, key: &str, range: Range<u64>) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::fake_s3::{FakeS3, Faults};
+
+    #[test]
+    fn requests_that_nobody_waits_for_end() {
+        let server = FakeS3::default();
+        let backend: Arc<dyn Backend> = server.backend();
+        backend.put_new("x", Bytes::from_static(b"x")).unwrap();
+        server.misbehave(Faults { silent: Some("x"), ..Default::default() });
+        let error = get(&backend, &Arc::default(), "x", 0..1).unwrap_err();
+        assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+        assert!(server.wait_until_none_is_left_hanging(), "requests go on though the read was given up");
+    }
+
+    #[test]
+    fn many_reads_at_once_are_few_requests() {
+        let slots = Arc::new(Slots::new(2));
+        let (begun, open) = (Arc::new(Mutex::new(0)), Arc::new((Mutex::new(false), Condvar::new())));
+        let read = || {
+            let (begun, open) = (begun.clone(), open.clone());
+            let unavailable = |why| StoreError::Unavailable { doing: "x".into(), store: "y".into(), why };
+            climb(&slots, unavailable, move |_| {
+                *begun.lock().unwrap() += 1;
+                drop(open.1.wait_while(open.0.lock().unwrap(), |open| !*open).unwrap());
+                Ok(())
+            })
+        };
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..6).map(|_| scope.spawn(read)).collect();
+            for reader in readers {
+                let given_up = reader.join().unwrap();
+                assert!(matches!(given_up, Err(StoreError::Unavailable { .. })), "{given_up:?}");
+            }
+        });
+        assert_eq!(*begun.lock().unwrap(), 2);
+        *open.0.lock().unwrap() = true;
+        open.1.notify_all();
+        // Their room is there again.
+        read().unwrap();
+    }
 
     #[test]
     fn a_read_that_is_quiet_is_asked_for_four_times_and_then_given_up() {

@@ -104,7 +104,7 @@ fn write(writer: u64, store: &Store, end: Instant, counts: &Counts) -> BTreeMap<
 /// Somebody else has the lease, or has just taken it.
 fn is_busy(error: &StoreError) -> bool {
     match error {
-        StoreError::Usage(why) => why.contains("garbage is being collected"),
+        StoreError::Busy { .. } => true,
         StoreError::Conflict { name } => name.contains("lease"),
         _ => false,
     }

@@ -6,10 +6,10 @@
 
 mod common;
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use common::{Machine, files_below};
-use dormouse_chunkstore::{NoProgress, Store, StoreError, StoreOptions, VerifyDepth};
+use dormouse_chunkstore::{GcOptions, NoProgress, Store, StoreError, StoreOptions, VerifyDepth};
 use dormouse_core::{ImageKind, Name};
 
 /// A small file system of its own, until it is dropped.
@@ -17,10 +17,13 @@ struct Disk(tempfile::TempDir);
 
 impl Disk {
     fn mount(megabytes: u32) -> Option<Self> {
+        Self::mount_with(&format!("size={megabytes}m"))
+    }
+
+    fn mount_with(options: &str) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
-        let size = format!("size={megabytes}m");
         let mount =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).output();
+            Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(dir.path()).output();
         let why = match mount {
             Ok(output) if output.status.success() => return Some(Disk(dir)),
             Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
@@ -121,6 +124,50 @@ fn removing_a_snapshot_works_on_a_full_disk() {
     open(&root).remove(&name).unwrap();
     assert!(open(&root).list().unwrap().is_empty());
     assert_eq!(open(&root).standing(&name).unwrap().sequence, 2, "that it was removed is known, too");
+}
+
+/// Fills the disk: to its last inode if it has few, or else to its last block.
+fn fill(disk: &Path) {
+    let free = rustix::fs::statvfs(disk).unwrap();
+    if free.f_files < 1000 {
+        (0..).find(|n| fs::File::create(disk.join(format!("filler-{n}"))).is_err()).unwrap();
+    } else {
+        let mut filler = fs::File::options().create(true).append(true).open(disk.join("filler")).unwrap();
+        std::io::Write::write_all(&mut filler, &vec![1; (free.f_bfree * free.f_frsize) as usize]).unwrap();
+    }
+    let free = rustix::fs::statvfs(disk).unwrap();
+    assert!(free.f_bfree == 0 || free.f_ffree == 0, "there is room left");
+}
+
+#[test]
+fn a_full_disk_is_freed_by_collecting() {
+    for options in ["size=6m", "size=64m,nr_inodes=150"] {
+        let Some(disk) = Disk::mount_with(options) else { return };
+        let root = disk.path().join("store");
+        // Several packs and roots, so that marks for all do not fit.
+        for salt in 0..12 {
+            let name = format!("m{salt}");
+            Machine::unlike(salt, 60, 4).import(&open(&root), &name, None).unwrap();
+        }
+        let kept = Machine::unlike(99, 60, 4);
+        kept.import(&open(&root), "kept", None).unwrap();
+        fill(disk.path());
+        let error = Machine::unlike(98, 60, 4).import(&open(&root), "x", None).unwrap_err();
+        assert!(matches!(error, StoreError::Full { .. }), "{options}: {error:?}");
+        for salt in 0..12 {
+            open(&root).remove(&Name::new(format!("m{salt}")).unwrap()).unwrap();
+        }
+        let at_once = GcOptions { grace: Duration::ZERO, dry_run: false };
+        // What removing names freed is taken as well.
+        fill(disk.path());
+        let report = open(&root).gc(at_once).unwrap();
+        assert!(report.deleted_objects >= 36, "{options}: {report:?}");
+        kept.remember().check(&open(&root), "kept").unwrap();
+        assert!(open(&root).verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
+        // There is room again, and some of it is kept back for the next time.
+        Machine::unlike(98, 60, 4).import(&open(&root), "x", None).unwrap();
+        assert!(root.join("reserve-0").exists());
+    }
 }
 
 #[test]

@@ -98,7 +98,7 @@ fn of_writers_of_one_new_name_exactly_one_wins() {
                         machine.check(&fresh(backend, None), &name).unwrap();
                     }
                     // Who came later saw the name taken before it began, or when it was to move it.
-                    Err(StoreError::Conflict { .. } | StoreError::Usage(_)) => {}
+                    Err(StoreError::Conflict { .. } | StoreError::Exists { .. }) => {}
                     Err(e) => panic!("{e:?}"),
                 }
             }

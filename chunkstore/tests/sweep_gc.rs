@@ -140,7 +140,7 @@ fn collecting_when_a_collector_died() {
     let plan = |_, op: &str, _: &str| (op == "delete").then_some(Fault::Dead);
     store_on(Arc::new(FaultyBackend::new(inner.clone(), plan))).gc(AT_ONCE).unwrap_err();
     let patient = Store::with_backend(inner.clone(), StoreOptions::default());
-    assert!(patient.gc(AT_ONCE).unwrap_err().to_string().contains("15 minutes"));
+    assert!(patient.gc(AT_ONCE).unwrap_err().to_string().contains("25 minutes"));
     scene.before = inner;
     scene.sweep(&[], true, |store| store.gc(AT_ONCE).map(drop));
 }

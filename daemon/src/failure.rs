@@ -39,6 +39,11 @@ impl Failure {
         Failure::new("usage", message)
     }
 
+    /// The name of a snapshot is taken.
+    pub(crate) fn exists(name: &dormouse_core::Name) -> Self {
+        StoreError::Exists { name: name.to_string() }.into()
+    }
+
     /// A file on this machine cannot be read or written.
     pub(crate) fn file(doing: &str, path: &std::path::Path, why: &std::io::Error) -> Self {
         Failure::new("file", format!("{doing} {}: {why}", path.display()))
@@ -66,9 +71,14 @@ impl From<StoreError> for Failure {
             StoreError::Missing { key, .. } => ("missing", Some(key.clone())),
             StoreError::Damaged { key, why } => (damage_kind(why), Some(key.clone())),
             StoreError::Conflict { .. } => ("conflict", None),
+            StoreError::Exists { .. } => ("exists", None),
+            StoreError::Busy { .. } => ("busy", None),
             StoreError::LostRace { .. } => ("lost_race", None),
             StoreError::Unavailable { .. } | StoreError::InDoubt { .. } => ("unavailable", None),
             StoreError::Denied { .. } => ("denied", None),
+            StoreError::NoSuchStore { .. } => ("no_such_store", None),
+            StoreError::Unsupported { .. } => ("unsupported", None),
+            StoreError::Config { .. } => ("config", None),
             StoreError::Full { .. } => ("full", None),
             StoreError::File { .. } => ("file", None),
             StoreError::Format(why) => (damage_kind(why), None),
@@ -87,5 +97,41 @@ fn damage_kind(why: &FormatError) -> &'static str {
         FormatError::TooNew { .. } | FormatError::UnknownFlags { .. } => "too_new",
         FormatError::BadName { .. } => "usage",
         _ => "damaged",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    fn sources(folder: &Path, each: &mut dyn FnMut(&str)) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.extension() {
+                _ if path.is_dir() => sources(&path, each),
+                Some(kind) if kind == "rs" => each(&fs::read_to_string(&path).unwrap()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Whatever kind of failure the source makes up, people find it in the description of the command line.
+    #[test]
+    fn every_kind_is_told_in_the_documentation() {
+        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let documented = fs::read_to_string(src.join("../../docs/CLI.md")).unwrap();
+        let mut kinds: BTreeSet<String> =
+            crate::serve::codes::CODES.iter().map(|(code, ..)| (*code).to_owned()).collect();
+        let before = kinds.len();
+        sources(&src, &mut |text| {
+            let made = text.split("Failure::new(\"").skip(1).chain(text.split("=> (\"").skip(1));
+            let made = made.filter_map(|rest| rest.split_once('"')).map(|(kind, _)| kind);
+            kinds.extend(
+                made.filter(|kind| kind.bytes().all(|b| matches!(b, b'a'..=b'z' | b'_'))).map(str::to_owned),
+            );
+        });
+        assert!(kinds.len() > before + 5, "the source is looked at: {kinds:?}");
+        kinds.retain(|kind| !documented.contains(&format!("`{kind}`")));
+        assert!(kinds.is_empty(), "docs/CLI.md does not say what to do about {kinds:?}");
     }
 }

@@ -206,6 +206,10 @@ impl Backend for FaultyBackend {
         self.inner.is_local()
     }
 
+    fn keeps_conditions(&self) -> bool {
+        self.inner.keeps_conditions()
+    }
+
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
         add(&self.counts.gets, 1);
         let fault = self.fault("get", key)?;
@@ -272,5 +276,13 @@ impl Backend for FaultyBackend {
 
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
         self.inner.sweep_leftovers(prefix, before_unix_ms, dry_run)
+    }
+
+    fn keep_reserve(&self) {
+        self.inner.keep_reserve();
+    }
+
+    fn release_reserve(&self) -> bool {
+        self.inner.release_reserve()
     }
 }

@@ -1,4 +1,4 @@
-//! The clients of clouds, with one mistake of their classification mended.
+//! The clients of clouds, with mistakes of their classification mended.
 
 use async_trait::async_trait;
 use object_store::{
@@ -8,6 +8,19 @@ use object_store::{
         ReqwestConnector,
     },
 };
+
+use super::classify::{is_plain_http, whole_text};
+
+/// What a server answers that will not answer otherwise: it does not know such requests, or has no room.
+const FINAL: [u16; 3] = [501, 505, 507];
+
+/// An answer that is the same to every attempt, though its number is that of a failure of the server, which
+/// `object_store` would try again.
+#[derive(Debug, thiserror::Error)]
+#[error("the server answered {status}")]
+pub(super) struct Refused {
+    pub(super) status: u16,
+}
 
 /// Connects as `object_store` does, and lets it ask again where a connection ended in a way it has no name for.
 ///
@@ -26,15 +39,25 @@ impl HttpConnector for RetryingConnector {
 }
 
 #[derive(Debug)]
-struct NamedErrors(HttpClient);
+pub(super) struct NamedErrors(pub(super) HttpClient);
 
 #[async_trait]
 impl HttpService for NamedErrors {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        self.0.execute(request).await.map_err(|error| match error.kind() {
+        let answer = self.0.execute(request).await.map_err(|error| match error.kind() {
+            // Nothing was sent, nor will it be.
+            HttpErrorKind::Unknown | HttpErrorKind::Request if is_plain_http(&whole_text(&error)) => {
+                HttpError::new(HttpErrorKind::Decode, error)
+            }
             HttpErrorKind::Unknown => HttpError::new(HttpErrorKind::Interrupted, error),
             _ => error,
-        })
+        })?;
+        let status = answer.status().as_u16();
+        // Of this kind, and only of this one, no error is tried again.
+        if FINAL.contains(&status) {
+            return Err(HttpError::new(HttpErrorKind::Decode, Refused { status }));
+        }
+        Ok(answer)
     }
 }
 

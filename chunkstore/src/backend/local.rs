@@ -20,8 +20,9 @@ use object_store::local::LocalFileSystem;
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version, object::ObjectBackend,
-    runner::Runner,
+    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version,
+    object::{ObjectBackend, Runner},
+    reserve,
 };
 use crate::{
     error::{Result, StoreError},
@@ -50,6 +51,8 @@ impl LocalBackend {
             prefix: object_store::path::Path::default(),
             store: Arc::new(store),
             runner: Runner::INLINE,
+            keeps_conditions: true,
+            worked: false.into(),
         };
         Ok(LocalBackend { root, objects })
     }
@@ -110,6 +113,10 @@ impl Backend for LocalBackend {
     }
 
     fn is_local(&self) -> bool {
+        true
+    }
+
+    fn keeps_conditions(&self) -> bool {
         true
     }
 
@@ -282,6 +289,16 @@ impl Backend for LocalBackend {
             }
         }
         Ok(swept)
+    }
+
+    fn keep_reserve(&self) {
+        if let Err(why) = reserve::keep(&self.root) {
+            tracing::debug!(%why, "no room is kept back for when the disk is full");
+        }
+    }
+
+    fn release_reserve(&self) -> bool {
+        reserve::release(&self.root)
     }
 }
 

@@ -3,12 +3,15 @@
 //! The trait is blocking: fault threads and import workers are plain threads, and a local store needs no async
 //! runtime at all. It is small so that tests can stand in for it and inject every fault (see [`faulty`]).
 
+mod classify;
+#[cfg(test)]
+pub(crate) mod fake_s3;
 pub mod faulty;
 mod http;
 mod local;
 pub mod modelled;
-mod object;
-mod runner;
+pub(crate) mod object;
+mod reserve;
 mod url;
 
 use std::{fmt::Debug, ops::Range};
@@ -65,6 +68,12 @@ pub trait Backend: Send + Sync + Debug {
 
     /// Whether reading costs no round trip: then nothing is fetched ahead.
     fn is_local(&self) -> bool {
+        false
+    }
+
+    /// Whether it is known that this store keeps the conditions of writes, as a local directory does: then it is not tried
+    /// before the first write. A backend around another one says what that one says.
+    fn keeps_conditions(&self) -> bool {
         false
     }
 
@@ -126,5 +135,14 @@ pub trait Backend: Send + Sync + Debug {
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
         let _ = (prefix, before_unix_ms, dry_run);
         Ok(Leftovers::default())
+    }
+
+    /// Keeps some room back for [`Backend::release_reserve`], where room can run out so that nothing can be freed. Done as
+    /// well where there is none to keep.
+    fn keep_reserve(&self) {}
+
+    /// Lets go of the room kept back, since the disk is full; whether there was any.
+    fn release_reserve(&self) -> bool {
+        false
     }
 }

@@ -165,6 +165,10 @@ impl Backend for ModelledBackend {
         self.inner.url()
     }
 
+    fn keeps_conditions(&self) -> bool {
+        self.inner.keeps_conditions()
+    }
+
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
         let (model, _in_flight) = self.begin();
         Ok(self.whole(model, self.inner.get(key, range)?))
@@ -227,6 +231,14 @@ impl Backend for ModelledBackend {
 
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
         self.inner.sweep_leftovers(prefix, before_unix_ms, dry_run)
+    }
+
+    fn keep_reserve(&self) {
+        self.inner.keep_reserve();
+    }
+
+    fn release_reserve(&self) -> bool {
+        self.inner.release_reserve()
     }
 }
 

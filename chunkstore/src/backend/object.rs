@@ -1,6 +1,14 @@
 //! Any store that the `object_store` crate speaks to.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    future::Future,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
@@ -9,16 +17,63 @@ use object_store::{
     path::Path,
 };
 
-use super::{Backend, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version, runner::Runner};
-use crate::error::{Result, StoreError};
+use super::{
+    Backend, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version,
+    classify::{classify, is_no_object},
+};
+use crate::{
+    cancel::unless_cancelled,
+    error::{Result, StoreError},
+};
+
+/// Attempts of a write that the store refuses as if another had been first, while the object says that none was.
+const CONFLICTS_MAX: u32 = 6;
+/// The pause after the first of them.
+const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
+
+/// How futures are run: network clients need a runtime, the local file system does not.
+#[derive(Debug)]
+pub(super) struct Runner(Option<tokio::runtime::Runtime>);
+
+impl Runner {
+    pub(super) const INLINE: Self = Runner(None);
+
+    pub(super) fn on(runtime: tokio::runtime::Runtime) -> Self {
+        Runner(Some(runtime))
+    }
+
+    /// What comes of `future`, which ends early if nobody waits for it any more.
+    fn run<T>(&self, future: impl Future<Output = Result<T, OsError>>) -> Result<T, OsError> {
+        let future = unless_cancelled(future);
+        let done = match &self.0 {
+            None => futures::executor::block_on(future),
+            Some(runtime) => runtime.block_on(future),
+        };
+        done.unwrap_or_else(|cancelled| Err(OsError::Generic { store: "client", source: cancelled.into() }))
+    }
+}
+
+impl Drop for Runner {
+    /// Waits for nobody: whoever lets go of a store last may be a thread of another runtime, which may not wait. Nothing is
+    /// under way then, as every call waits for its end.
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
 
 /// An object store behind blocking calls.
 #[derive(Debug)]
-pub(super) struct ObjectBackend {
+pub(crate) struct ObjectBackend {
     pub(super) url: String,
     pub(super) prefix: Path,
     pub(super) store: Arc<dyn ObjectStore>,
     pub(super) runner: Runner,
+    /// Whether nobody has to try if this store keeps the conditions of writes.
+    pub(super) keeps_conditions: bool,
+    /// Whether it has answered anything yet.
+    pub(super) worked: AtomicBool,
 }
 
 impl ObjectBackend {
@@ -34,72 +89,49 @@ impl ObjectBackend {
         tail.unwrap_or_else(|| path.to_string())
     }
 
-    pub(super) fn error(&self, doing: String, error: OsError) -> StoreError {
-        let store = self.url.clone();
-        if io_kind(&error).is_some_and(is_full) {
-            return StoreError::Full { doing };
+    pub(super) fn error(&self, doing: String, error: &OsError) -> StoreError {
+        classify(&self.url, doing, error, self.worked.load(Ordering::Relaxed))
+    }
+
+    /// A store that refuses a write because of an object that it does not have, every time.
+    fn contradicts_itself(&self, doing: String) -> StoreError {
+        let why = "it refuses the write as if another one had been first, and there is none".into();
+        StoreError::Unavailable { doing, store: self.url.clone(), why }
+    }
+
+    /// Notes that the store has answered: from here on, what it is asked with is known to be right.
+    fn worked<T, E>(&self, answer: Result<T, E>) -> Result<T, E> {
+        if answer.is_ok() {
+            self.worked.store(true, Ordering::Relaxed);
         }
-        let denied = io_kind(&error).is_some_and(is_denied);
-        let why = root_cause(&error);
-        match error {
-            OsError::PermissionDenied { .. } | OsError::Unauthenticated { .. } => {
-                StoreError::Denied { doing, store, why }
-            }
-            _ if denied => StoreError::Denied { doing, store, why },
-            _ => StoreError::Unavailable { doing, store, why },
-        }
+        answer
     }
 
     fn put(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<PutOutcome, OsError> {
         let update = matches!(mode, PutMode::Update(_));
         let options = PutOptions { mode, ..Default::default() };
-        match self.runner.run(self.store.put_opts(&self.path(key), bytes.into(), options)) {
+        match self.worked(self.runner.run(self.store.put_opts(&self.path(key), bytes.into(), options))) {
             Ok(_) => Ok(PutOutcome::Created),
             Err(OsError::AlreadyExists { .. } | OsError::Precondition { .. }) => Ok(PutOutcome::Exists),
             // An object that was deleted meanwhile. Otherwise it is the bucket that is not there.
-            Err(OsError::NotFound { .. }) if update => Ok(PutOutcome::Exists),
+            Err(e) if update && is_no_object(&e) => Ok(PutOutcome::Exists),
             Err(e) => Err(e),
         }
     }
 }
 
-fn is_full(kind: std::io::ErrorKind) -> bool {
-    matches!(kind, std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-}
-
-fn is_denied(kind: std::io::ErrorKind) -> bool {
-    matches!(kind, std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem)
-}
-
-/// The I/O error at the bottom of an error, if there is one.
-fn io_kind(error: &(dyn std::error::Error + 'static)) -> Option<std::io::ErrorKind> {
-    let mut next = Some(error);
-    while let Some(e) = next {
-        if let Some(io) = e.downcast_ref::<std::io::Error>() {
-            return Some(io.kind());
-        }
-        next = e.source();
-    }
-    None
-}
-
-/// The error's own words and the deepest cause, which is what a person can act on.
-fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(e) = next {
-        let cause = e.to_string();
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        next = e.source();
-    }
-    text.chars().take(600).collect()
+/// Waits before an attempt that came too close to another one's; longer and longer.
+fn pause(attempt: u32) {
+    std::thread::sleep(CONFLICT_PAUSE * 2_u32.saturating_pow(attempt));
 }
 
 impl Backend for ObjectBackend {
     fn url(&self) -> &str {
         &self.url
+    }
+
+    fn keeps_conditions(&self) -> bool {
+        self.keeps_conditions
     }
 
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
@@ -114,9 +146,9 @@ impl Backend for ObjectBackend {
                 Err(e) => Err(e),
             }
         });
-        match got {
+        match self.worked(got) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(OsError::NotFound { .. }) => Ok(None),
+            Err(e) if is_no_object(&e) => Ok(None),
             Err(e) => {
                 // Stores refuse a range that begins past the end, each with an error of its own.
                 if let Some(start) = start
@@ -125,7 +157,7 @@ impl Backend for ObjectBackend {
                 {
                     return Ok(size.map(|_| Bytes::new()));
                 }
-                Err(self.error(format!("reading {key}"), e))
+                Err(self.error(format!("reading {key}"), &e))
             }
         }
     }
@@ -145,8 +177,8 @@ impl Backend for ObjectBackend {
         });
         match got {
             Ok(there) => Ok(there),
-            Err(OsError::NotFound { .. }) => Ok(false),
-            Err(e) if begun => Err(self.error(format!("reading {key}"), e)),
+            Err(e) if is_no_object(&e) => Ok(false),
+            Err(e) if begun => Err(self.error(format!("reading {key}"), &e)),
             // A range past the end, or a failure: what there is to say of either is said there.
             Err(_) => Ok(self.get(key, Some(range))?.map(each).is_some()),
         }
@@ -155,27 +187,36 @@ impl Backend for ObjectBackend {
     fn head(&self, key: &str) -> Result<Option<u64>> {
         match self.runner.run(self.store.head(&self.path(key))) {
             Ok(meta) => Ok(Some(meta.size)),
-            Err(OsError::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.error(format!("looking up {key}"), e)),
+            Err(e) if is_no_object(&e) => Ok(None),
+            Err(e) => Err(self.error(format!("looking up {key}"), &e)),
         }
     }
 
     fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome> {
         let put = || {
             let put = self.put(key, bytes.clone(), PutMode::Create);
-            put.map_err(|e| self.error(format!("writing {key}"), e))
+            put.map_err(|e| self.error(format!("writing {key}"), &e))
         };
-        match put() {
-            // The client does not ask again what may have been done, as when a server reset a connection that had lain
-            // idle. Here that does no harm: what may be there then is the same.
-            Err(e) if e.is_retryable() => put(),
-            done => done,
+        for attempt in 0..CONFLICTS_MAX {
+            let outcome = match put() {
+                // The client does not ask again what may have been done, as when a server reset a connection that had lain
+                // idle. Here that does no harm: what may be there then is the same.
+                Err(e) if e.is_retryable() => put()?,
+                done => done?,
+            };
+            // "Conflict" is also the answer to two writes at the same moment, neither of which may have been done. Only the
+            // object itself tells that from one that was there.
+            if outcome == PutOutcome::Created || self.keeps_conditions || self.head(key)?.is_some() {
+                return Ok(outcome);
+            }
+            pause(attempt);
         }
+        Err(self.contradicts_itself(format!("writing {key}")))
     }
 
     fn put_again(&self, key: &str, bytes: Bytes) -> Result<()> {
         let put = self.put(key, bytes, PutMode::Overwrite);
-        put.map(drop).map_err(|e| self.error(format!("rewriting {key}"), e))
+        put.map(drop).map_err(|e| self.error(format!("rewriting {key}"), &e))
     }
 
     fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
@@ -197,10 +238,10 @@ impl Backend for ObjectBackend {
             }
             Ok((bytes.freeze(), version))
         });
-        match got {
+        match self.worked(got) {
             Ok((bytes, version)) => Ok(((!bytes.is_empty()).then_some(bytes), Some(version))),
-            Err(OsError::NotFound { .. }) => Ok((None, None)),
-            Err(e) => Err(self.error(format!("reading {key}"), e)),
+            Err(e) if is_no_object(&e) => Ok((None, None)),
+            Err(e) => Err(self.error(format!("reading {key}"), &e)),
         }
     }
 
@@ -210,54 +251,61 @@ impl Backend for ObjectBackend {
             Some(v) => PutMode::Update(UpdateVersion { e_tag: v.e_tag.clone(), version: v.version.clone() }),
         };
         let doing = || format!("moving {key}");
-        match self.put(key, bytes.clone(), mode.clone()) {
-            Ok(PutOutcome::Created) => Ok(true),
-            // Either somebody was first, or our own first attempt arrived and its answer did not.
-            Ok(PutOutcome::Exists) => Ok(self.get_versioned(key)?.0.unwrap_or_default() == bytes),
-            Err(e) => {
-                let error = self.error(doing(), e);
-                // The answer was lost; the object itself says whether the write was.
-                let Ok((now, version)) = self.get_versioned(key) else { return Err(error) };
-                if now.unwrap_or_default() == bytes {
-                    return Ok(true);
-                }
-                if !error.is_retryable() || version.as_ref() != expected {
-                    return Err(error);
-                }
-                match self.put(key, bytes.clone(), mode) {
-                    Ok(PutOutcome::Created) => Ok(true),
-                    // The first one was still on its way.
-                    Ok(PutOutcome::Exists) => Ok(self.get_versioned(key)?.0.unwrap_or_default() == bytes),
-                    Err(_) => Err(error),
-                }
+        let mut doubt: Option<StoreError> = None;
+        for attempt in 0..CONFLICTS_MAX {
+            let failed = match self.put(key, bytes.clone(), mode.clone()) {
+                Ok(PutOutcome::Created) => return Ok(true),
+                Ok(PutOutcome::Exists) => None,
+                Err(e) => Some(self.error(doing(), &e)),
+            };
+            // Whatever was answered, the object itself says whether the write was done: an answer may be lost, a conflict may be
+            // with one's own first attempt, or with a write that was not done either.
+            let (now, version) = match self.get_versioned(key) {
+                Ok(read) => read,
+                Err(e) => return Err(doubt.or(failed).unwrap_or(e)),
+            };
+            if version.is_some() && now.unwrap_or_default() == bytes {
+                return Ok(true);
             }
+            let is_as_expected = version.as_ref() == expected;
+            match failed {
+                // Somebody moved it. If an attempt before may have arrived, it may have been what they moved it from.
+                None if !is_as_expected => return doubt.map_or(Ok(false), Err),
+                None => {}
+                Some(e) if !is_as_expected || !e.is_retryable() => return Err(e),
+                Some(e) => match doubt {
+                    None => doubt = Some(e),
+                    Some(first) => return Err(first),
+                },
+            }
+            pause(attempt);
         }
+        Err(doubt.unwrap_or_else(|| self.contradicts_itself(doing())))
     }
 
     fn delete(&self, key: &str) -> Result<()> {
         match self.runner.run(self.store.delete(&self.path(key))) {
-            Ok(()) | Err(OsError::NotFound { .. }) => Ok(()),
-            Err(e) => Err(self.error(format!("deleting {key}"), e)),
+            Ok(()) => Ok(()),
+            Err(e) if is_no_object(&e) => Ok(()),
+            Err(e) => Err(self.error(format!("deleting {key}"), &e)),
         }
     }
 
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
         let path = self.path(prefix);
-        self.runner.run(async {
+        let listed = self.runner.run(async {
             let mut stream = self.store.list(Some(&path));
             while let Some(meta) = stream.next().await {
-                match meta {
-                    Ok(m) => each(ObjectMeta {
-                        key: self.key(&m.location),
-                        bytes: m.size,
-                        modified_unix_ms: m.last_modified.timestamp_millis().max(0) as u64,
-                    }),
-                    // Deleted between the listing and the look at it.
-                    Err(OsError::NotFound { .. }) => {}
-                    Err(e) => return Err(self.error(format!("listing {prefix}"), e)),
-                }
+                let m = self.worked(meta)?;
+                each(ObjectMeta {
+                    key: self.key(&m.location),
+                    bytes: m.size,
+                    modified_unix_ms: m.last_modified.timestamp_millis().max(0) as u64,
+                });
             }
             Ok(())
-        })
+        });
+        // Of a listing, only the bucket can be missing: without it nothing is known to be there or not.
+        listed.map_err(|e| self.error(format!("listing {prefix}"), &e))
     }
 }

@@ -8,7 +8,12 @@ use object_store::{
 };
 use url::Url;
 
-use super::{Backend, http::RetryingConnector, local::LocalBackend, object::ObjectBackend, runner::Runner};
+use super::{
+    Backend,
+    http::RetryingConnector,
+    local::LocalBackend,
+    object::{ObjectBackend, Runner},
+};
 use crate::error::{Result, StoreError};
 
 /// The URLs that are understood, for messages.
@@ -71,7 +76,8 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
         ),
         other => return Err(usage(format!("{other:?} is an unknown scheme"))),
     };
-    let runner = if parsed.scheme() == "memory" {
+    let keeps_conditions = parsed.scheme() == "memory";
+    let runner = if keeps_conditions {
         Runner::INLINE
     } else {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -84,7 +90,8 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
     };
     let prefix =
         object_store::path::Path::parse(parsed.path().trim_matches('/')).map_err(|e| usage(e.to_string()))?;
-    Ok(Arc::new(ObjectBackend { url: url.to_owned(), prefix, store, runner }))
+    let (url, worked) = (url.to_owned(), false.into());
+    Ok(Arc::new(ObjectBackend { url, prefix, store, runner, keeps_conditions, worked }))
 }
 
 /// Plain HTTP only where the environment says so, as for tests against a server of one's own.

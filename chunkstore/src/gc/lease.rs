@@ -5,11 +5,15 @@
 //! ([`Moment`]), and who inherits a lease that was never given back leaves standing what protects from its predecessor
 //! (`gc/mod.rs`).
 
-use std::time::Duration;
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use rustix::time::{ClockId, clock_gettime};
 
+use super::owner::Owner;
 use crate::{
     backend::Version,
     error::{Result, StoreError},
@@ -22,6 +26,9 @@ const SHORTEST_LEASE: Duration = Duration::from_secs(60);
 /// A lease that nobody has, and that was taken over from somebody who may go on after all. To versions that do not know it,
 /// it is somebody's who died.
 const UNSETTLED: &[u8] = b"nobody, after somebody who may be stopped 0";
+
+/// Attempts to give a lease back that is being renewed at the same time.
+const GIVE_BACK_ATTEMPTS: usize = 4;
 
 /// A moment at which something was found out that may be acted on for half a lease.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +113,7 @@ impl Held<'_> {
         let unsettled = self.is_inherited();
         let Some(mut lease) = self.0 else { return Ok(()) };
         let body = if unsettled { Bytes::from_static(UNSETTLED) } else { Bytes::new() };
+        lease.store.leased.set(None);
         lease.store.backend.swap(&lease.key, lease.version.take().as_ref(), body).map(drop)
     }
 }
@@ -132,31 +140,72 @@ fn lost() -> StoreError {
 }
 
 impl Store {
+    /// # Errors
+    /// [`StoreError::Busy`] while somebody else has it.
     pub(crate) fn take_lease(&self) -> Result<Lease<'_>> {
+        self.prove_conditions()?;
         let key = self.keys.gc_lease();
         let (body, version) = self.backend.get_versioned(&key)?;
         let inherited = body.is_some();
         if let Some(body) = body.filter(|body| body != UNSETTLED) {
-            let taken = self.modified(&key)?;
-            // Whose clock says what: only the store's own times are compared, with a probe written now.
-            let now = self.probe_clock()?;
-            if taken.saturating_add(self.lease.as_millis() as u64) > now {
-                let owner = String::from_utf8_lossy(&body).into_owned();
-                return Err(StoreError::Usage(format!(
-                    "garbage is being collected by {owner}; try again when it is done, or {} minutes after it died",
-                    self.lease.as_secs() / 60
-                )));
-            }
+            self.check_is_free(&key, &Owner::decode(&body))?;
         }
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let body = format!("{}/{}/{} 0", host.trim(), std::process::id(), now_unix_ms());
+        let owner = Owner::this_process();
+        let body = format!("{owner} 0");
         let renewed = Moment::now(self.lease);
+        self.leased.set(Some(owner.to_string()));
         if !self.backend.swap(&key, version.as_ref(), Bytes::from(body.clone()))? {
             return Err(lost());
         }
         let version = self.version_of_mine(&key, &body)?;
-        let now_unix_ms = self.modified(&key)?;
-        Ok(Lease { store: self, key, body, version, now_unix_ms, renewed, inherited })
+        let mut lease = Lease { store: self, key, body, version, now_unix_ms: 0, renewed, inherited };
+        match self.modified(&lease.key) {
+            Ok(now) => lease.now_unix_ms = now,
+            Err(why) => {
+                // Nothing was done with it.
+                let released = Held(Some(lease)).release();
+                return Err(released.err().unwrap_or(why));
+            }
+        }
+        Ok(lease)
+    }
+
+    /// An error unless who has the lease is dead.
+    fn check_is_free(&self, key: &str, owner: &Owner) -> Result<()> {
+        if owner.is_dead() {
+            tracing::info!(%owner, "who collected garbage is dead; its lease is taken over");
+            return Ok(());
+        }
+        let taken = self.modified(key)?;
+        // Whose clock says what: only the store's own times are compared, with a probe written now. Even these may be of two
+        // nodes with a clock each.
+        let now = self.probe_clock()?;
+        let silent_ms = self.lease.as_millis() as u64 + self.skew_ms();
+        if taken.saturating_add(silent_ms) > now {
+            return Err(StoreError::Busy { owner: owner.for_people(), minutes: silent_ms / 60_000 });
+        }
+        Ok(())
+    }
+
+    /// Gives back the lease of a collector or a repacker of this process, which is about to be killed: for signals. It
+    /// fails then, if it goes on. Whether there was one.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn give_back_lease(&self) -> Result<bool> {
+        let Some(owner) = self.leased.take() else { return Ok(false) };
+        let key = self.keys.gc_lease();
+        for _ in 0..GIVE_BACK_ATTEMPTS {
+            let (body, version) = self.backend.get_versioned(&key)?;
+            if body.is_none_or(|body| Owner::decode(&body).to_string() != owner) {
+                return Ok(false);
+            }
+            // Requests of this process may still be on their way: whoever is next has to reckon with them.
+            if self.backend.swap(&key, version.as_ref(), Bytes::from_static(UNSETTLED))? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The version of a lease that was just written. Whoever has taken it over since is not mistaken for oneself.
@@ -167,23 +216,45 @@ impl Store {
         }
     }
 
+    /// When an object was written that is there, by the store's clock.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] if the listing does not show it: that says nothing of its age.
     fn modified(&self, key: &str) -> Result<u64> {
-        let mut modified = 0;
+        let mut modified = None;
         let prefix = key.rsplit_once('/').map_or("", |(prefix, _)| prefix);
         self.backend.list(prefix, &mut |meta| {
             if meta.key == key {
-                modified = meta.modified_unix_ms;
+                modified = Some(meta.modified_unix_ms);
             }
         })?;
-        Ok(modified)
+        modified.ok_or_else(|| StoreError::Unavailable {
+            doing: format!("looking when {key} was written"),
+            store: self.url().to_owned(),
+            why: "its listing does not show an object that is there".into(),
+        })
     }
 
     fn probe_clock(&self) -> Result<u64> {
         let key = format!("{}-clock-{}-{}", self.keys.gc_lease(), std::process::id(), now_unix_ms());
-        self.backend.put_new(&key, Bytes::from_static(b"clock"))?;
+        self.put_mark(&key, Bytes::from_static(b"clock"))?;
         let now = self.modified(&key);
         self.backend.delete(&key)?;
         now
+    }
+}
+
+/// Whose lease it is, while this process has one: for who ends it before it can give the lease back.
+#[derive(Debug, Default)]
+pub(crate) struct Leased(Mutex<Option<String>>);
+
+impl Leased {
+    fn set(&self, owner: Option<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = owner;
+    }
+
+    fn take(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

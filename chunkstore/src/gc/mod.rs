@@ -9,15 +9,16 @@
 //! last (`import/commit.rs`, `announce.rs`). Either step 3 sees the announcement or the reference, or the writer sees
 //! the mark of step 2: no order of events loses a snapshot that was acknowledged. Only one collector may run at a time, which a lease object sees to.
 
+mod condemn;
 pub(crate) mod lease;
 mod mark;
+mod owner;
 
 use std::{
     collections::{HashMap, HashSet},
     time::Duration,
 };
 
-use bytes::Bytes;
 use dormouse_core::RootId;
 use serde::Serialize;
 
@@ -79,6 +80,30 @@ pub struct GcReport {
     pub leftover_bytes: u64,
 }
 
+impl GcReport {
+    /// Adds what another round did.
+    fn add(&mut self, round: GcReport) {
+        self.expired.extend(round.expired);
+        // Every round looks at all that is left.
+        self.objects = self.objects.max(round.objects);
+        self.live_objects = round.live_objects;
+        self.condemned_objects += round.condemned_objects;
+        self.condemned_bytes += round.condemned_bytes;
+        self.deleted_objects += round.deleted_objects;
+        self.deleted_bytes += round.deleted_bytes;
+        self.rescued_objects += round.rescued_objects;
+        self.leftover_files += round.leftover_files;
+        self.leftover_bytes += round.leftover_bytes;
+    }
+}
+
+/// Whether there was room for marks on all that was to be marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    Enough,
+    Short,
+}
+
 impl Store {
     /// Deletes what no snapshot needs.
     ///
@@ -91,17 +116,37 @@ impl Store {
             return Ok(report);
         }
         if options.dry_run {
-            return self.collect(options, now_unix_ms(), &mut report, &mut Held(None)).map(|()| report);
+            self.collect(options, now_unix_ms(), &mut report, &mut Held(None))?;
+            return Ok(report);
         }
+        loop {
+            let mut round = GcReport::default();
+            let done = self.collect_once(options, &mut round);
+            report.add(round);
+            match done {
+                Ok(Room::Enough) => break,
+                // What it freed is room for more marks.
+                Ok(Room::Short) => {}
+                Err(StoreError::Full { .. }) if self.backend.release_reserve() => {
+                    tracing::info!("the disk is full; what was kept back for that is let go");
+                }
+                Err(why) => return Err(why),
+            }
+        }
+        self.backend.keep_reserve();
+        Ok(report)
+    }
+
+    fn collect_once(&self, options: GcOptions, report: &mut GcReport) -> Result<Room> {
         let lease = self.take_lease()?;
         let now = lease.now_unix_ms;
         let mut held = Held(Some(lease));
-        let done = self.collect(options, now, &mut report, &mut held);
+        let done = self.collect(options, now, report, &mut held);
         // Whatever came of it, the next collector need not wait.
         let released = held.release();
-        done?;
+        let done = done?;
         released?;
-        Ok(report)
+        Ok(done)
     }
 
     fn collect(
@@ -110,7 +155,7 @@ impl Store {
         now: u64,
         report: &mut GcReport,
         held: &mut Held<'_>,
-    ) -> Result<()> {
+    ) -> Result<Room> {
         let grace_ms = options.grace.as_millis() as u64;
         let old_enough = |modified: u64| grace_ms == 0 || modified.saturating_add(grace_ms) <= now;
         self.expire(now, options.dry_run, report)?;
@@ -140,17 +185,21 @@ impl Store {
             } else if old_enough(meta.modified_unix_ms) {
                 report.condemned_objects += 1;
                 report.condemned_bytes += meta.bytes;
-                condemned.push(&meta.key);
+                condemned.push(meta);
                 if grace_ms == 0 {
                     doomed.push(meta);
                 }
             }
         }
-        if !options.dry_run {
-            let condemn = |key: &String| {
-                self.backend.put_new(&self.keys.condemned(key), Bytes::from(key.clone())).map(drop)
-            };
-            self.side_by_side(condemned, condemn, |()| Ok(()))?;
+        let unmarked = if options.dry_run { HashSet::new() } else { self.condemn(&condemned)? };
+        if !unmarked.is_empty() {
+            condemned.retain(|meta| !unmarked.contains(&meta.key));
+            doomed.retain(|meta| !unmarked.contains(&meta.key));
+            report.condemned_objects = condemned.len() as u64;
+            report.condemned_bytes = condemned.iter().map(|meta| meta.bytes).sum();
+            if doomed.is_empty() {
+                return Err(StoreError::Full { doing: "marking what is to be deleted".into() });
+            }
         }
         let mut names = seen.clone();
         if !options.dry_run {
@@ -171,6 +220,7 @@ impl Store {
         doomed.retain(|meta| !live.needs(last(&meta.key)));
         report.deleted_objects += doomed.len() as u64;
         report.deleted_bytes += doomed.iter().map(|meta| meta.bytes).sum::<u64>();
+        let freed = doomed.len();
         if options.dry_run {
             doomed.clear();
         }
@@ -193,8 +243,8 @@ impl Store {
             })?;
             self.side_by_side(stale, |key| self.backend.delete(&key), |()| Ok(()))?;
         }
-        // A writer that was silent for as long as the lease is taken for dead, and so is what it was writing.
-        let before = now.saturating_sub(self.lease.as_millis() as u64);
+        // A writer that was silent for longer than the lease is taken for dead, and so is what it was writing.
+        let before = now.saturating_sub(self.lease.as_millis() as u64 + self.skew_ms());
         for prefix in [self.keys.domain_prefix(), KEYRING_PREFIX] {
             let swept = self.backend.sweep_leftovers(prefix, before, options.dry_run)?;
             report.leftover_files += swept.files;
@@ -212,7 +262,7 @@ impl Store {
             }
         }
         if options.dry_run {
-            return Ok(());
+            return Ok(Room::Enough);
         }
         if held.is_inherited() {
             // A predecessor that goes on after all deletes what it had condemned. As long as the marks stand, nobody stores
@@ -233,7 +283,8 @@ impl Store {
             self.side_by_side(batch.iter().collect(), delete, |()| Ok(()))?;
         }
         held.settle();
-        Ok(())
+        let is_short = !unmarked.is_empty() && grace_ms == 0 && freed > 0;
+        Ok(if is_short { Room::Short } else { Room::Enough })
     }
 
     /// Deletes resume streams of names that are gone. Streams are derived, so this needs neither grace nor care.
@@ -261,10 +312,11 @@ impl Store {
     }
 
     /// Removes references whose time has come, by the store's clock: one host whose clock is wrong is not to end what
-    /// others keep.
+    /// others keep. What was to be kept until a time of another clock, which may be behind, is kept a little longer.
     fn expire(&self, now: u64, dry_run: bool, report: &mut GcReport) -> Result<()> {
         for reference in self.references()?.good {
-            if reference.expires_unix_ms == 0 || reference.expires_unix_ms > now {
+            let expires = reference.expires_unix_ms;
+            if expires == 0 || expires.saturating_add(self.skew_ms()) > now {
                 continue;
             }
             if !dry_run {

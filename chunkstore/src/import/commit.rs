@@ -138,6 +138,14 @@ impl Store {
                 StoreError::Unavailable { store, why, .. } => {
                     StoreError::InDoubt { name: request.name.to_string(), store, why }
                 }
+                // It was free a moment ago. Whoever took it then is told of as if it had been before.
+                StoreError::Conflict { name }
+                    if !request.replace
+                        && request.parent.as_ref() != Some(&request.name)
+                        && matches!(self.reference(&request.name), Ok((Some(_), _))) =>
+                {
+                    StoreError::Exists { name }
+                }
                 e => e,
             })
         });
@@ -150,6 +158,7 @@ impl Store {
             }
         }
 
+        self.backend.keep_reserve();
         let reference_bytes = reference.encode(&self.domain).len() as u64;
         let mut report = ImportReport::of(&request.name, reference.snapshot);
         report.logical_bytes = files.iter().map(|f| f.bytes).sum();

@@ -81,10 +81,7 @@ impl Store {
     ) -> Result<ImportReport> {
         let Found { reference: current, sequence, version } = self.find(&request.name)?;
         if current.is_some() && !request.replace && request.parent.as_ref() != Some(&request.name) {
-            return Err(StoreError::Usage(format!(
-                "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
-                request.name
-            )));
+            return Err(StoreError::Exists { name: request.name.to_string() });
         }
         let parent = request.parent.as_ref().map(|p| self.open_snapshot(p)).transpose()?;
         if parent.is_none() {

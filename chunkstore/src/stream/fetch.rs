@@ -16,6 +16,7 @@ use bytes::{Bytes, BytesMut};
 use super::parts::Parts;
 use crate::{
     backend::Backend,
+    cancel::Cancel,
     error::{Result, StoreError},
     tail::{Ladder, Step},
 };
@@ -39,12 +40,20 @@ struct Piece {
     missing: bool,
     error: Option<StoreError>,
     got: Parts,
+    /// Ends requests for it that nobody waits for any more.
+    cancel: Cancel,
 }
 
 impl Piece {
     fn wanted() -> Self {
-        let (ladder, got) = (Ladder::new(Instant::now()), Parts::default());
-        Piece { ladder, here: false, missing: false, error: None, got }
+        let (ladder, got, cancel) = (Ladder::new(Instant::now()), Parts::default(), Cancel::default());
+        Piece { ladder, here: false, missing: false, error: None, got, cancel }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        self.cancel.cancel();
     }
 }
 
@@ -163,7 +172,14 @@ impl Fetcher {
     /// Fetches a piece, or what the stream has of it.
     fn fetch(&self, piece: usize) {
         let mut offset = 0;
-        let got = self.backend.get_parts(&self.key, range_of(piece), &mut |part| {
+        let cancel = {
+            let state = self.state();
+            match state.pieces.get(piece) {
+                Some(piece) if !state.stopped => piece.cancel.clone(),
+                _ => return,
+            }
+        };
+        let mut take = |part: Bytes| {
             let mut state = self.state();
             let stopped = state.stopped;
             // Speculative pieces past the end are dropped while they are under way.
@@ -174,12 +190,18 @@ impl Fetcher {
             }
             offset += part.len() as u64;
             !stopped && !piece.here
-        });
+        };
+        let got = cancel.within(|| self.backend.get_parts(&self.key, range_of(piece), &mut take));
         let mut state = self.state();
         let Some(piece) = state.pieces.get_mut(piece) else { return };
         match got {
             // A request that was told to stop has brought less than there is, and nobody waits any more.
-            Ok(true) => piece.here = true,
+            Ok(true) => {
+                piece.here = true;
+                piece.cancel.cancel();
+            }
+            // Another request has brought it.
+            Err(_) if piece.here => {}
             Ok(false) => piece.missing = true,
             Err(error) => {
                 if error.is_retryable() {
@@ -292,7 +314,10 @@ impl Fetcher {
 
     /// Lets the threads end.
     pub(super) fn stop(&self) {
-        self.state().stopped = true;
+        let mut state = self.state();
+        state.stopped = true;
+        state.pieces.iter().for_each(|piece| piece.cancel.cancel());
+        drop(state);
         self.changed.notify_all();
     }
 }

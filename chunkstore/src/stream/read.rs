@@ -101,7 +101,7 @@ impl Store {
                 why,
             };
             let (store, of) = (self.clone(), name.clone());
-            match tail::climb(unavailable, move |_| store.reference(&of)) {
+            match tail::climb(&self.slots, unavailable, move |_| store.reference(&of)) {
                 Err(StoreError::Unavailable { .. }) => {}
                 other => return Ok(other?.0),
             }

@@ -65,7 +65,7 @@ impl Store {
     /// itself, this host's cache, other packs, resume streams, and the files in `options`.
     ///
     /// # Errors
-    /// Where the store does not answer, and [`StoreError::Usage`](crate::StoreError::Usage) while garbage is being collected. What cannot be
+    /// Where the store does not answer, and [`StoreError::Busy`](crate::StoreError::Busy) while garbage is being collected. What cannot be
     /// repaired is no error: it is in the report.
     pub fn repair(
         &self,

@@ -109,6 +109,10 @@ impl Backend for Counted {
         self.inner.is_local()
     }
 
+    fn keeps_conditions(&self) -> bool {
+        self.inner.keeps_conditions()
+    }
+
     fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>> {
         let got = self.metrics.time("get", || self.inner.get(key, range))?;
         self.metrics.read(got.as_ref().map_or(0, Bytes::len));
@@ -171,5 +175,13 @@ impl Backend for Counted {
 
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
         self.metrics.time("list", || self.inner.list(prefix, each))
+    }
+
+    fn keep_reserve(&self) {
+        self.inner.keep_reserve();
+    }
+
+    fn release_reserve(&self) -> bool {
+        self.inner.release_reserve()
     }
 }
