@@ -372,23 +372,13 @@ impl Core {
                 ))
             });
             let error = match got {
-                Ok(got) => {
-                    self.refusals.over();
-                    return Ok(got);
-                }
+                Ok(got) => return Ok(got),
                 Err(error) => error,
             };
             match error.kind {
-                SourceErrorKind::Retryable | SourceErrorKind::Denied => {
-                    if error.kind == SourceErrorKind::Denied {
-                        self.refusals.tell(&error);
-                    } else if retries >= self.policy.retry.limit {
-                        return Err(error);
-                    }
+                SourceErrorKind::Retryable if retries < self.policy.retry.limit => {
                     tracing::debug!(%error, retries, "retrying");
-                    let stopped = self.queue.pause(self.policy.retry.wait(retries));
-                    // Who is refused has a pause after the last try, too: whoever waits for the page asks again.
-                    if stopped || retries >= self.policy.retry.limit {
+                    if self.queue.pause(self.policy.retry.wait(retries)) {
                         return Err(error);
                     }
                     retries += 1;

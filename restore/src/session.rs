@@ -228,9 +228,7 @@ impl RestoreHandle {
 
     /// The pages touched first, in order, as far as they faulted and the window lasts.
     pub fn record(&self) -> WorkingSet {
-        // The lock is given back first: faults are recorded under it.
-        let seen = lock(&self.core.recorder).so_far();
-        seen.working_set()
+        lock(&self.core.recorder).so_far()
     }
 
     /// Notes that `page` was touched, for whoever learns of touches otherwise than by faults on this memory.
@@ -306,8 +304,6 @@ impl RestoreHandle {
             // A thread that panicked has said so on its own.
             let _ = thread.join();
         }
-        let killing = lock(&self.core.killing).take();
-        killing.into_iter().for_each(|thread| drop(thread.join()));
         self.core.counters.snapshot()
     }
 }

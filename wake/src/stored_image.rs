@@ -16,8 +16,7 @@ use dormouse_restore::{
 /// A store's error, as what a restore should do about it.
 pub fn source_error(error: StoreError) -> SourceError {
     let kind = match &error {
-        StoreError::Unavailable { .. } => SourceErrorKind::Retryable,
-        StoreError::Denied { .. } => SourceErrorKind::Denied,
+        StoreError::Unavailable { .. } | StoreError::Denied { .. } => SourceErrorKind::Retryable,
         StoreError::Missing { .. } => SourceErrorKind::Gone,
         _ => SourceErrorKind::Damaged,
     };

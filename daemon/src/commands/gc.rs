@@ -8,6 +8,7 @@ use std::{
 use clap::Args;
 use dormouse_chunkstore::{DEFAULT_GRACE, GcOptions, GcReport};
 
+use super::leased;
 use crate::{
     cli::values,
     context::Context,
@@ -28,7 +29,9 @@ pub(crate) struct GcArgs {
 
 pub(crate) fn run(args: &GcArgs, context: &Context) -> Result<Status, Failure> {
     let options = GcOptions { grace: args.grace.unwrap_or(DEFAULT_GRACE), dry_run: args.dry_run };
-    let report = context.open_store()?.gc(options)?;
+    let store = context.open_store()?;
+    leased::give_back_on_signals(&store)?;
+    let report = store.gc(options)?;
     context.print(&report, |out| print_text(out, &report))?;
     Ok(Status::Done)
 }

@@ -10,6 +10,7 @@ pub(crate) mod hold;
 pub(crate) mod import;
 pub(crate) mod keeping;
 pub(crate) mod key;
+mod leased;
 pub(crate) mod ls;
 pub(crate) mod repack;
 pub(crate) mod resume;

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use clap::Args;
 use dormouse_chunkstore::{DENSE_LEVEL, RepackOptions, RepackReport};
 
+use super::leased;
 use crate::{
     cli::values,
     context::Context,
@@ -30,7 +31,9 @@ pub(crate) struct RepackArgs {
 
 pub(crate) fn run(args: &RepackArgs, context: &Context) -> Result<Status, Failure> {
     let options = RepackOptions { level: args.level, dry_run: args.dry_run, max_bytes: args.max_bytes };
-    let report = context.open_store()?.repack(options, &context.progress("repacking"))?;
+    let store = context.open_store()?;
+    leased::give_back_on_signals(&store)?;
+    let report = store.repack(options, &context.progress("repacking"))?;
     context.print(&report, |out| print_text(out, &report))?;
     Ok(Status::Done)
 }

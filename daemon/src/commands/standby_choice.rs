@@ -39,10 +39,7 @@ pub(super) fn choose(
         None => base.as_ref().and_then(|b| Name::new(&b.name).ok()).filter(|name| stands_for_base(name)),
     };
     if !args.replace && parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
-        return Err(Failure::usage(format!(
-            "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
-            args.name
-        )));
+        return Err(Failure::exists(&args.name));
     }
     let full_because = if args.full {
         Some("--full asks for it")

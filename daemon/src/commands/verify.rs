@@ -10,6 +10,7 @@ use dormouse_chunkstore::{RepairOptions, RepairReport, VerifyDepth, VerifyReport
 use dormouse_core::Name;
 use serde::Serialize;
 
+use super::leased;
 use crate::{
     context::{self, Context},
     failure::{Failure, Status},
@@ -56,6 +57,7 @@ pub(crate) fn run(args: &VerifyArgs, context: &Context) -> Result<Status, Failur
 fn repair(args: &VerifyArgs, context: &Context) -> Result<Status, Failure> {
     let options = RepairOptions { from: args.from.clone() };
     let store = context.open_store()?;
+    leased::give_back_on_signals(&store)?;
     let report = store.repair(args.name.as_ref(), &options, &context.progress("verifying"))?;
     let document = Document { clean: report.left.is_clean(), report };
     context.print(&document, |out| print_repair(out, &document.report))?;

@@ -193,7 +193,7 @@ fn a_name_is_only_taken_over_if_told_so() {
     let home = with_snapshot();
     let before = home.json(&["show", "a"]);
     fs::write(home.path("m"), image(2, 30, 0)).unwrap();
-    assert_eq!(home.error(2, &["import", "a", "--memory", "m"])["kind"], "usage");
+    assert_eq!(home.error(1, &["import", "a", "--memory", "m"])["kind"], "exists");
     assert_eq!(home.json(&["show", "a"]), before);
     home.done(&["import", "a", "--replace", "--memory", "m", "--expires", "30d"]);
     let after = home.json(&["show", "a"]);

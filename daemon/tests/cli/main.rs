@@ -8,3 +8,4 @@ mod keys;
 mod real_guests;
 mod round_trip;
 mod s3;
+mod signals;

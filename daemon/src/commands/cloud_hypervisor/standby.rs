@@ -190,10 +190,7 @@ fn check_names(args: &StandbyArgs, store: &Store) -> Result<(), Failure> {
         store.open_snapshot(parent)?;
     }
     if !args.replace && args.parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
-        return Err(Failure::usage(format!(
-            "a snapshot called {0} exists; choose another name, pass --replace, or make it the parent with --parent {0}",
-            args.name
-        )));
+        return Err(Failure::exists(&args.name));
     }
     Ok(())
 }
