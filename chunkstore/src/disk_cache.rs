@@ -237,11 +237,18 @@ impl Writer {
 
     fn insert(&mut self, hash: FrameHash, stored: &[u8]) {
         let bytes = (HEADER_BYTES + stored.len()) as u64;
-        if self.entries.contains_key(&hash) || bytes > self.room {
+        if bytes > self.room {
             return;
         }
-        self.make_room(bytes);
         let path = path(&self.dir, hash);
+        if self.entries.contains_key(&hash) {
+            if path.exists() {
+                return;
+            }
+            // Its file is gone: nobody could be told while the queue was full, or it was deleted from outside.
+            self.remove(hash);
+        }
+        self.make_room(bytes);
         let half = path.with_extension("new");
         let write = || {
             if let Some(folder) = path.parent() {
@@ -393,6 +400,17 @@ mod tests {
         let cache = DiskCache::open(dir.path(), 3_000).unwrap();
         cache.flush();
         assert_eq!((1..=5).filter(|seed| has(&cache, *seed)).count(), 3);
+    }
+
+    /// Whoever finds a damaged frame deletes its file and says so, unless the queue is full just then.
+    #[test]
+    fn a_frame_whose_file_went_without_a_word_is_cached_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = DiskCache::open(dir.path(), 10_000).unwrap();
+        put(&cache, 1);
+        fs::remove_file(path(dir.path(), frame(1, 936).0.hash)).unwrap();
+        put(&cache, 1);
+        used(&cache, 1);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::{HashSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -16,6 +17,7 @@ use crate::kept::KeptStates;
 use crate::plan::{Cell, Plan};
 use crate::policy::Policy;
 use crate::queue::Queue;
+use crate::refusals::Refusals;
 use crate::sys::memory::Memory;
 use crate::sys::uffd::EventBuffer;
 use crate::table::PageTable;
@@ -54,6 +56,9 @@ pub(crate) struct Core {
     pub(crate) fill_failure: Mutex<Option<Arc<RestoreError>>>,
     pub(crate) ended: Mutex<Option<Arc<RestoreError>>>,
     pub(crate) kill_called: AtomicBool,
+    /// The thread that ends the VM.
+    pub(crate) killing: Mutex<Option<JoinHandle<()>>>,
+    pub(crate) refusals: Refusals,
     /// Awaited cells whose install was refused, and told. Whoever waits for one is not woken when another way fails too,
     /// or it would fault, fail and be woken without end. As many as threads wait; those that came after all do no harm.
     pub(crate) withheld: Mutex<HashSet<Cell>>,
@@ -75,6 +80,10 @@ impl Core {
     ) -> Result<Self, RestoreError> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| RestoreError::Start(e.into()))?;
+        if kept.is_some() && memory.uffd().may_report_forks() {
+            // The descriptor of a child comes by an event, which in a kept file anybody may have written.
+            return Err(RestoreError::Policy("a VM whose userfaultfd reports forks cannot be kept"));
+        }
         Ok(Core {
             events: Mutex::new(
                 kept.as_ref().map_or_else(|| EventBuffer::new(EVENT_BATCH), |k| k.event_buffer()),
@@ -91,6 +100,8 @@ impl Core {
             fill_failure: Mutex::default(),
             ended: Mutex::default(),
             kill_called: AtomicBool::new(false),
+            killing: Mutex::default(),
+            refusals: Refusals::default(),
             withheld: Mutex::default(),
             let_go: plan.regions().map(|_| AtomicBool::new(false)).collect(),
             stopping: AtomicBool::new(false),

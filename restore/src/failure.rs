@@ -1,7 +1,10 @@
 //! Failing closed: what is done about pages that cannot be had, and about a VM that cannot be served.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::Builder;
+use std::time::Instant;
 
 use dormouse_core::page::PageIndex;
 
@@ -10,7 +13,7 @@ use crate::error::RestoreError;
 use crate::outcome::Outcome;
 use crate::plan::Span;
 use crate::policy::{FailClosed, KillVm};
-use crate::source::SourceError;
+use crate::source::{SourceError, SourceErrorKind};
 use crate::state::{Action, PageEvent, PageState};
 
 /// Most errors remembered for the owner and logged.
@@ -19,6 +22,8 @@ const FAILURES_MAX: usize = 16;
 impl Core {
     /// Withholds the awaited cells of `span` by policy; but not while stopping, when a try that was broken off says
     /// nothing of its page, and nobody is to be ended for it.
+    ///
+    /// A store that refuses ends nobody: whoever may lift that may do so at any time, and until then the vCPU waits.
     pub(crate) fn fail_cells(&self, span: Span, error: &SourceError) {
         if self.is_stopping() {
             return;
@@ -28,16 +33,19 @@ impl Core {
             if self.table.get(cell.first()) != PageState::Awaited {
                 continue;
             }
+            if error.kind == SourceErrorKind::Denied {
+                self.queue.demand(cell, Instant::now());
+                continue;
+            }
             let Some(run) = self.plan.pages_of(cell.first()) else { continue };
-            self.note(RestoreError::Page { page: run.first, error: error.clone() });
+            let why = Arc::new(RestoreError::Page { page: run.first, error: error.clone() });
+            self.note(why.clone());
             if !matches!(self.policy.fail_closed, FailClosed::Poison { .. }) {
                 self.fill_failed(run.first, error);
             }
             match &self.policy.fail_closed {
                 FailClosed::Hold => {}
-                FailClosed::Kill(kill) => {
-                    self.kill(kill, &RestoreError::Page { page: run.first, error: error.clone() });
-                }
+                FailClosed::Kill(kill) => self.kill(kill, why),
                 FailClosed::Poison { .. } => {
                     if let Err(why) = self.poison(cell) {
                         self.fail_with(why);
@@ -115,16 +123,27 @@ impl Core {
             FailClosed::Kill(kill) => Some(kill),
             FailClosed::Poison { or_kill } => or_kill.as_ref(),
         };
+        let error = Arc::new(error);
         if let Some(kill) = kill {
-            self.kill(kill, &error);
+            self.kill(kill, error.clone());
         }
         self.note(error);
     }
 
-    fn kill(&self, kill: &KillVm, error: &RestoreError) {
-        if !self.kill_called.swap(true, Ordering::AcqRel) {
-            tracing::error!(%error, "ending the VM");
-            kill(error);
+    /// Ends the VM on a thread of its own: what the embedder does takes as long as it takes, and until the VM has ended
+    /// its faults are answered and its removals seen to, which may be what its end waits for.
+    fn kill(&self, kill: &KillVm, error: Arc<RestoreError>) {
+        if self.kill_called.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        tracing::error!(%error, "ending the VM");
+        let run = {
+            let (kill, error) = (kill.clone(), error.clone());
+            move || call(&kill, &error)
+        };
+        match Builder::new().name("dm-kill".into()).spawn(run) {
+            Ok(thread) => drop(lock(&self.killing).insert(thread)),
+            Err(_) => call(kill, &error),
         }
     }
 
@@ -135,14 +154,20 @@ impl Core {
 
     /// Remembers an error for the owner. Of a VM that fails at every page only the first are told, or it would fill the
     /// log of all the others.
-    fn note(&self, error: RestoreError) {
+    fn note(&self, error: Arc<RestoreError>) {
         let mut failures = lock(&self.failures);
         if failures.len() < FAILURES_MAX {
             tracing::error!(%error, "restore failed closed");
-            failures.push(Arc::new(error));
+            failures.push(error);
             if failures.len() == FAILURES_MAX {
                 tracing::error!("this VM's further failures are not told");
             }
         }
+    }
+}
+
+fn call(kill: &KillVm, error: &RestoreError) {
+    if catch_unwind(AssertUnwindSafe(|| kill(error))).is_err() {
+        tracing::error!("what was to end the VM panicked; the VM waits");
     }
 }

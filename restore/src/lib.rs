@@ -34,6 +34,7 @@ pub mod kept;
 pub mod outcome;
 pub mod plan;
 pub mod policy;
+mod refusals;
 pub mod session;
 pub mod source;
 pub mod state;
@@ -63,6 +64,7 @@ pub use error::RestoreError;
 pub use kept::{KeptStates, KeptStatesError};
 pub use plan::{PageRun, PageSize, Plan, PlanError, RegionSpec};
 pub use policy::{FailClosed, Policy, Retry};
+pub use refusals::Refusals;
 pub use session::{DetachError, Restore, RestoreHandle, VmStopped};
 pub use source::{
     Content, DecodedFrame, Extent, FrameBytes, FrameToken, PageSource, SourceError, SourceErrorKind,

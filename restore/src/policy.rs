@@ -8,7 +8,8 @@ use crate::error::RestoreError;
 
 pub use dormouse_core::policy::Retry;
 
-/// Ends the VM, and says why. Called once, from a thread of the restore, and must not wait for the restore.
+/// Ends the VM, and says why. Called once, on a thread of its own, while the VM is served on: it may take its time, but
+/// must not end the restore, which waits for it.
 pub type KillVm = Arc<dyn Fn(&RestoreError) + Send + Sync>;
 
 /// What is done when a page a vCPU waits for cannot be had correctly. Zeros are not an answer.
@@ -26,7 +27,10 @@ pub enum FailClosed {
         /// What to do where poisoning is not possible.
         or_kill: Option<KillVm>,
     },
-    /// End the VM. Its vCPU stays blocked until then.
+    /// End the VM. Its vCPU stays blocked until then. Not for a store that refuses ([`SourceErrorKind::Denied`]): that is
+    /// held, whatever the policy.
+    ///
+    /// [`SourceErrorKind::Denied`]: crate::SourceErrorKind::Denied
     Kill(KillVm),
 }
 

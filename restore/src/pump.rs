@@ -16,7 +16,7 @@ impl Core {
     /// because that means that an event waits and nothing can be installed before it is read.
     pub(crate) fn pump(&self) -> Result<usize, UffdError> {
         let mut buffer = lock(&self.events);
-        let (mut read, mut faults, mut to_wake) = (0, 0, Vec::new());
+        let (mut read, mut faults, mut to_wake, mut strays) = (0, 0, Vec::new(), Vec::new());
         {
             let _closed = self.gate.close();
             let at = Instant::now();
@@ -31,19 +31,21 @@ impl Core {
                         self.counters.removes.add(1);
                         self.remove(start, end, &mut to_wake);
                     }
-                    Event::OtherFault { address } => self.stray(address),
-                    Event::Remap { from, .. } => self.stray(from),
+                    Event::OtherFault { address } => strays.push(address),
+                    Event::Remap { from, .. } => strays.push(from),
                     Event::Fork { .. } => tracing::warn!("the VMM forked; its child is not served"),
                     Event::Unknown { kind } => tracing::warn!(kind, "unknown userfaultfd message"),
                 }
             }
         }
+        drop(buffer);
         self.counters.events.add(read as u64);
         self.counters.faults.add(faults);
         // Only now: a woken vCPU faults again at once and must find the event read and the gate open.
         for span in to_wake {
             self.installer.wake(span);
         }
+        strays.into_iter().for_each(|address| self.stray(address));
         Ok(read)
     }
 

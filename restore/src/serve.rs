@@ -372,13 +372,23 @@ impl Core {
                 ))
             });
             let error = match got {
-                Ok(got) => return Ok(got),
+                Ok(got) => {
+                    self.refusals.over();
+                    return Ok(got);
+                }
                 Err(error) => error,
             };
             match error.kind {
-                SourceErrorKind::Retryable if retries < self.policy.retry.limit => {
+                SourceErrorKind::Retryable | SourceErrorKind::Denied => {
+                    if error.kind == SourceErrorKind::Denied {
+                        self.refusals.tell(&error);
+                    } else if retries >= self.policy.retry.limit {
+                        return Err(error);
+                    }
                     tracing::debug!(%error, retries, "retrying");
-                    if self.queue.pause(self.policy.retry.wait(retries)) {
+                    let stopped = self.queue.pause(self.policy.retry.wait(retries));
+                    // Who is refused has a pause after the last try, too: whoever waits for the page asks again.
+                    if stopped || retries >= self.policy.retry.limit {
                         return Err(error);
                     }
                     retries += 1;

@@ -228,7 +228,9 @@ impl RestoreHandle {
 
     /// The pages touched first, in order, as far as they faulted and the window lasts.
     pub fn record(&self) -> WorkingSet {
-        lock(&self.core.recorder).so_far()
+        // The lock is given back first: faults are recorded under it.
+        let seen = lock(&self.core.recorder).so_far();
+        seen.working_set()
     }
 
     /// Notes that `page` was touched, for whoever learns of touches otherwise than by faults on this memory.
@@ -304,6 +306,8 @@ impl RestoreHandle {
             // A thread that panicked has said so on its own.
             let _ = thread.join();
         }
+        let killing = lock(&self.core.killing).take();
+        killing.into_iter().for_each(|thread| drop(thread.join()));
         self.core.counters.snapshot()
     }
 }

@@ -159,6 +159,9 @@ impl fmt::Debug for DecodedFrame {
 pub enum SourceErrorKind {
     /// Try again: the store is slow, away or throttling.
     Retryable,
+    /// The store refuses: credentials have expired, or were withdrawn. Tried again as [`Retry`](crate::Retry) says, and
+    /// from the start when that is over: nobody is ended for it, since whoever gives new ones may come at any time.
+    Denied,
     /// What came back is not what the snapshot references. One more fetch is made, in case a cache or the
     /// wire was at fault.
     Damaged,

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::os::fd::AsFd as _;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,13 +12,16 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use common::scripted::{Ask, counted_kill, scripted};
-use common::{TestImage, own, uffd_or_skip, until, verify};
-use dormouse_core::page::PageIndex;
+use common::{TestImage, own, skip, uffd_or_skip, until, verify};
+use dormouse_core::page::{PageCount, PageIndex};
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::state::PageState;
+use dormouse_restore::sys::memory::AnnouncedRegion;
 use dormouse_restore::{
-    FailClosed, PageSize, Policy, Restore, RestoreError, Retry, SourceError, SourceErrorKind, VmStopped,
+    FailClosed, Mapping, Memory, PageSize, Plan, Policy, RegionSpec, Restore, RestoreError, Retry,
+    SourceError, SourceErrorKind, VmStopped,
 };
+use userfaultfd::{FeatureFlags, RegisterMode, UffdBuilder};
 
 fn quick(limit: u32) -> Retry {
     Retry { limit, first: Duration::from_millis(1), longest: Duration::from_millis(2) }
@@ -246,4 +250,96 @@ fn a_page_that_is_being_poisoned_is_not_settled() {
     handle.install_run(PageIndex(0), &image.bytes(0, 64)).unwrap();
     reader.join().unwrap();
     handle.detach().unwrap();
+}
+
+/// Credentials that expire are renewed by somebody, sooner or later. The VM was ended before.
+#[test]
+fn a_vm_whose_store_refuses_waits_and_is_not_ended() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    // Far more often than a page is tried again.
+    let image = failing(64, |frame, n| (frame == 0 && n < 50).then_some(SourceErrorKind::Denied));
+    let (plan, memory, mapping) = own(&image, PageSize::Small, uffd);
+    let (fail_closed, killed) = counted_kill();
+    let policy = Policy { fail_closed, retry: quick(3), ..Policy::default() };
+    let handle = Restore::start(plan, memory, policy).unwrap();
+    let reader = std::thread::spawn({
+        let image = image.clone();
+        move || (0..64).for_each(|p| verify(&image, &mapping, p))
+    });
+    until("its pages, or an end", || reader.is_finished() || !handle.failures().is_empty());
+    assert!(handle.failures().is_empty(), "{:?}", handle.failures());
+    reader.join().unwrap();
+    handle.stop(VmStopped::attest());
+    assert_eq!(killed.load(Ordering::SeqCst), 0, "the VM was ended");
+    assert!(image.fetches.load(Ordering::SeqCst) > 50);
+}
+
+/// A fill that nobody's life depends on comes to its end, and says why.
+#[test]
+fn a_fill_that_the_store_refuses_ends_and_is_told() {
+    let Some(uffd) = uffd_or_skip() else { return };
+    let image = failing(64, |_, _| Some(SourceErrorKind::Denied));
+    let (plan, memory, _mapping) = own(&image, PageSize::Small, uffd);
+    let handle = Restore::start(plan, memory, Policy { retry: quick(3), ..Policy::default() }).unwrap();
+    let refused = *handle.detach().unwrap_err();
+    assert!(matches!(*refused.error, RestoreError::Page { .. }), "{refused}");
+    refused.handle.stop(VmStopped::attest());
+}
+
+/// What ends the VM may take its time, or wait for a thread of the VM that gives memory back or waits for a page. It was
+/// called by the thread that answers faults, with all installs locked out.
+#[test]
+fn faults_are_answered_while_the_vm_is_being_ended() {
+    let Some(features) = write_protecting() else { return };
+    let image = Arc::new(TestImage::full(64));
+    let region = RegionSpec { image_first: PageIndex(0), pages: PageCount(64), page_size: PageSize::Small };
+    let plan = Plan::new(image.clone(), &[region]).unwrap();
+    let mapping = Arc::new(Mapping::new(64, PageSize::Small).unwrap());
+    let both = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+    features.register_with_mode(mapping.addr() as *mut _, mapping.bytes(), both).unwrap();
+    let announced = AnnouncedRegion {
+        address: mapping.addr(),
+        bytes: mapping.bytes() as u64,
+        page_size: PageSize::Small,
+    };
+    let memory = Memory::adopt(features.as_fd().try_clone_to_owned().unwrap(), &[announced]).unwrap();
+    let (tell, told) = mpsc::channel();
+    let (go, may_go) = mpsc::channel::<()>();
+    let waits = std::sync::Mutex::new((tell, may_go));
+    let kill = FailClosed::Kill(Arc::new(move |why: &RestoreError| {
+        let (tell, may_go) = &*waits.lock().unwrap();
+        tell.send(matches!(why, RestoreError::StrayFault { .. })).unwrap();
+        may_go.recv_timeout(Duration::from_secs(60)).unwrap();
+    }));
+    let handle = Restore::start(plan, memory, Policy { fail_closed: kill, ..Policy::default() }).unwrap();
+    verify(&image, &mapping, 3);
+    // A fault that nobody here can answer, told in an event.
+    features.write_protect((mapping.addr() + 3 * 4096) as *mut _, 4096).unwrap();
+    let writer = std::thread::spawn({
+        let mapping = mapping.clone();
+        move || mapping.store(3 * 4096, 1)
+    });
+    assert!(told.recv_timeout(Duration::from_secs(60)).unwrap());
+    let (read, is_read) = mpsc::channel();
+    std::thread::spawn({
+        let (image, mapping) = (image.clone(), mapping.clone());
+        move || {
+            mapping.discard(0, 1).unwrap();
+            verify(&image, &mapping, 40);
+            read.send(()).unwrap();
+        }
+    });
+    is_read.recv_timeout(Duration::from_secs(30)).expect("a page comes, and one can be given back");
+    go.send(()).unwrap();
+    features.remove_write_protection((mapping.addr() + 3 * 4096) as *mut _, 4096, true).unwrap();
+    writer.join().unwrap();
+    handle.stop(VmStopped::attest());
+}
+
+/// A userfaultfd as some VMM may make it, one for write-protection, too.
+fn write_protecting() -> Option<userfaultfd::Uffd> {
+    uffd_or_skip()?;
+    let features = FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::EVENT_REMOVE;
+    let made = UffdBuilder::new().close_on_exec(true).non_blocking(true).require_features(features).create();
+    made.map_or_else(|why| skip(&format!("no write-protection here: {why}")), Some)
 }

@@ -16,7 +16,8 @@ use dormouse_restore::{
 /// A store's error, as what a restore should do about it.
 pub fn source_error(error: StoreError) -> SourceError {
     let kind = match &error {
-        StoreError::Unavailable { .. } | StoreError::Denied { .. } => SourceErrorKind::Retryable,
+        StoreError::Unavailable { .. } => SourceErrorKind::Retryable,
+        StoreError::Denied { .. } => SourceErrorKind::Denied,
         StoreError::Missing { .. } => SourceErrorKind::Gone,
         _ => SourceErrorKind::Damaged,
     };

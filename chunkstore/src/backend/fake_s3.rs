@@ -18,10 +18,7 @@ use object_store::{
     },
 };
 
-use super::{
-    http::NamedErrors,
-    object::{ObjectBackend, Runner},
-};
+use super::{http::NamedErrors, object::ObjectBackend, runner::Runner};
 
 /// What the server does wrong; nothing by default.
 #[derive(Clone, Debug, Default)]

@@ -20,9 +20,8 @@ use object_store::local::LocalFileSystem;
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version,
-    object::{ObjectBackend, Runner},
-    reserve,
+    Backend, Leftovers, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version, object::ObjectBackend, reserve,
+    runner::Runner,
 };
 use crate::{
     error::{Result, StoreError},

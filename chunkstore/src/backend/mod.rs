@@ -12,6 +12,7 @@ mod local;
 pub mod modelled;
 pub(crate) mod object;
 mod reserve;
+mod runner;
 mod url;
 
 use std::{fmt::Debug, ops::Range};

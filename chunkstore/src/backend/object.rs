@@ -20,6 +20,7 @@ use object_store::{
 use super::{
     Backend, MUTABLE_BYTES_MAX, ObjectMeta, PutOutcome, Version,
     classify::{classify, is_no_object},
+    runner::Runner,
 };
 use crate::{
     cancel::unless_cancelled,
@@ -30,38 +31,6 @@ use crate::{
 const CONFLICTS_MAX: u32 = 6;
 /// The pause after the first of them.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
-
-/// How futures are run: network clients need a runtime, the local file system does not.
-#[derive(Debug)]
-pub(super) struct Runner(Option<tokio::runtime::Runtime>);
-
-impl Runner {
-    pub(super) const INLINE: Self = Runner(None);
-
-    pub(super) fn on(runtime: tokio::runtime::Runtime) -> Self {
-        Runner(Some(runtime))
-    }
-
-    /// What comes of `future`, which ends early if nobody waits for it any more.
-    fn run<T>(&self, future: impl Future<Output = Result<T, OsError>>) -> Result<T, OsError> {
-        let future = unless_cancelled(future);
-        let done = match &self.0 {
-            None => futures::executor::block_on(future),
-            Some(runtime) => runtime.block_on(future),
-        };
-        done.unwrap_or_else(|cancelled| Err(OsError::Generic { store: "client", source: cancelled.into() }))
-    }
-}
-
-impl Drop for Runner {
-    /// Waits for nobody: whoever lets go of a store last may be a thread of another runtime, which may not wait. Nothing is
-    /// under way then, as every call waits for its end.
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
 
 /// An object store behind blocking calls.
 #[derive(Debug)]
@@ -89,6 +58,12 @@ impl ObjectBackend {
         tail.unwrap_or_else(|| path.to_string())
     }
 
+    /// What comes of `request`, which ends early if nobody waits for it any more.
+    fn run<T>(&self, request: impl Future<Output = Result<T, OsError>>) -> Result<T, OsError> {
+        let done = self.runner.run(unless_cancelled(request));
+        done.unwrap_or_else(|cancelled| Err(OsError::Generic { store: "client", source: cancelled.into() }))
+    }
+
     pub(super) fn error(&self, doing: String, error: &OsError) -> StoreError {
         classify(&self.url, doing, error, self.worked.load(Ordering::Relaxed))
     }
@@ -110,7 +85,7 @@ impl ObjectBackend {
     fn put(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<PutOutcome, OsError> {
         let update = matches!(mode, PutMode::Update(_));
         let options = PutOptions { mode, ..Default::default() };
-        match self.worked(self.runner.run(self.store.put_opts(&self.path(key), bytes.into(), options))) {
+        match self.worked(self.run(self.store.put_opts(&self.path(key), bytes.into(), options))) {
             Ok(_) => Ok(PutOutcome::Created),
             Err(OsError::AlreadyExists { .. } | OsError::Precondition { .. }) => Ok(PutOutcome::Exists),
             // An object that was deleted meanwhile. Otherwise it is the bucket that is not there.
@@ -140,7 +115,7 @@ impl Backend for ObjectBackend {
         }
         let start = range.as_ref().map(|r| r.start);
         let options = GetOptions { range: range.map(GetRange::Bounded), ..Default::default() };
-        let got = self.runner.run(async {
+        let got = self.run(async {
             match self.store.get_opts(&self.path(key), options).await {
                 Ok(result) => result.bytes().await,
                 Err(e) => Err(e),
@@ -165,7 +140,7 @@ impl Backend for ObjectBackend {
     fn get_parts(&self, key: &str, range: Range<u64>, each: &mut dyn FnMut(Bytes) -> bool) -> Result<bool> {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
         let mut begun = false;
-        let got = self.runner.run(async {
+        let got = self.run(async {
             let mut parts = self.store.get_opts(&self.path(key), options).await?.into_stream();
             while let Some(part) = parts.next().await {
                 begun = true;
@@ -185,7 +160,7 @@ impl Backend for ObjectBackend {
     }
 
     fn head(&self, key: &str) -> Result<Option<u64>> {
-        match self.runner.run(self.store.head(&self.path(key))) {
+        match self.run(self.store.head(&self.path(key))) {
             Ok(meta) => Ok(Some(meta.size)),
             Err(e) if is_no_object(&e) => Ok(None),
             Err(e) => Err(self.error(format!("looking up {key}"), &e)),
@@ -220,7 +195,7 @@ impl Backend for ObjectBackend {
     }
 
     fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
-        let got = self.runner.run(async {
+        let got = self.run(async {
             let result = self.store.get(&self.path(key)).await?;
             let meta = &result.meta;
             let version = Version { e_tag: meta.e_tag.clone(), version: meta.version.clone() };
@@ -284,7 +259,7 @@ impl Backend for ObjectBackend {
     }
 
     fn delete(&self, key: &str) -> Result<()> {
-        match self.runner.run(self.store.delete(&self.path(key))) {
+        match self.run(self.store.delete(&self.path(key))) {
             Ok(()) => Ok(()),
             Err(e) if is_no_object(&e) => Ok(()),
             Err(e) => Err(self.error(format!("deleting {key}"), &e)),
@@ -293,7 +268,7 @@ impl Backend for ObjectBackend {
 
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
         let path = self.path(prefix);
-        let listed = self.runner.run(async {
+        let listed = self.run(async {
             let mut stream = self.store.list(Some(&path));
             while let Some(meta) = stream.next().await {
                 let m = self.worked(meta)?;

@@ -8,12 +8,7 @@ use object_store::{
 };
 use url::Url;
 
-use super::{
-    Backend,
-    http::RetryingConnector,
-    local::LocalBackend,
-    object::{ObjectBackend, Runner},
-};
+use super::{Backend, http::RetryingConnector, local::LocalBackend, object::ObjectBackend, runner::Runner};
 use crate::error::{Result, StoreError};
 
 /// The URLs that are understood, for messages.

@@ -128,12 +128,14 @@ impl ServingArgs {
 /// A [`Retry`] whose waits add up to `time` at least.
 pub(crate) fn retry_for(time: Duration) -> Retry {
     let retry = Retry { limit: 0, ..Retry::default() };
-    let mut waited = Duration::ZERO;
-    let mut limit = 0;
-    while waited < time {
-        waited += retry.wait(limit);
+    let (mut left, mut limit) = (time, 0);
+    // A few waits that grow, and then as many of the longest as it takes.
+    while !left.is_zero() && retry.wait(limit) < retry.longest {
+        left = left.saturating_sub(retry.wait(limit));
         limit += 1;
     }
+    let longest = left.as_nanos().div_ceil(retry.longest.as_nanos().max(1));
+    let limit = limit.saturating_add(u32::try_from(longest).unwrap_or(u32::MAX));
     Retry { limit, ..retry }
 }
 
@@ -326,4 +328,24 @@ pub(crate) fn print_report(out: &mut dyn Write, vm: &SessionReport) -> io::Resul
         writeln!(out, "  killed because: {why}")?;
     }
     vm.failures.iter().try_for_each(|why| writeln!(out, "  withheld: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The waits were added up one by one: a century took a billion and a half steps, and more overflowed.
+    #[test]
+    fn any_time_to_give_up_after_becomes_tries_at_once() {
+        let waits = |retry: Retry| (0..retry.limit).map(|n| retry.wait(n)).sum::<Duration>();
+        for ms in [0, 1, 10, 11, 5_000, 120_000, 120_001] {
+            let (time, retry) = (Duration::from_millis(ms), retry_for(Duration::from_millis(ms)));
+            assert!(waits(retry) >= time, "{time:?}: {retry:?}");
+            let fewer = Retry { limit: retry.limit.saturating_sub(1), ..retry };
+            assert!(retry.limit == 0 || waits(fewer) < time, "{time:?}: {retry:?}");
+        }
+        let century = retry_for(Duration::from_secs(100 * 365 * 24 * 3600));
+        assert!(century.limit > 1_500_000_000, "{century:?}");
+        assert_eq!(retry_for(Duration::MAX).limit, u32::MAX);
+    }
 }

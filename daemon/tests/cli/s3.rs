@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
+    os::unix::net::UnixStream,
     process::{Child, Command, Stdio},
 };
 
@@ -58,7 +59,7 @@ impl Server {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
-    fn run(&self, home: &Home, args: &[&str]) -> Ran {
+    fn command(&self, home: &Home, args: &[&str]) -> Command {
         let mut command = home.command(args);
         command.args(["--store", "s3://sleepers/some/prefix", "--json"]);
         command.env("AWS_ENDPOINT", format!("http://127.0.0.1:{}", self.port)).env("AWS_ALLOW_HTTP", "true");
@@ -67,7 +68,11 @@ impl Server {
             ("AWS_SECRET_ACCESS_KEY", "test"),
             ("AWS_REGION", "us-east-1"),
         ]);
-        Ran::of(command.output().unwrap())
+        command
+    }
+
+    fn run(&self, home: &Home, args: &[&str]) -> Ran {
+        Ran::of(self.command(home, args).output().unwrap())
     }
 }
 
@@ -148,6 +153,43 @@ fn streams_are_brought_to_a_host_and_taken_off_it() {
     assert_eq!(done(&there, &["cool", "a"])["tier"], "cold");
     assert_eq!(done(&there, &["stream", "rm", "a"])["removed"], true);
     assert_eq!(done(&there, &["show", "a"])["stream"], serde_json::Value::Null);
+}
+
+/// Kills the daemon if its test fails.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_daemon_serves_an_encrypted_store_in_s3_from_start_to_end() {
+    let Some(server) = Server::start() else { return };
+    server.make_bucket("sleepers");
+    let home = Home::new();
+    fs::write(home.path("m"), image(1, 50, 10)).unwrap();
+    let done = |args: &[&str]| {
+        let ran = server.run(&home, args);
+        assert_eq!(ran.code, 0, "{args:?}: {}{}", ran.stdout, ran.stderr);
+        ran.document()
+    };
+    done(&["key", "generate", "--out", "k"]);
+    done(&["import", "a", "--memory", "m", "--key-file", "k"]);
+    let mut command = server.command(&home, &["serve", "--control", "control", "--key-file", "k"]);
+    let mut daemon = Daemon(command.stdout(Stdio::piped()).spawn().unwrap());
+    let said = serde_json::Deserializer::from_reader(daemon.0.stdout.take().unwrap());
+    let serving: serde_json::Value = said.into_iter().next().expect("it begins to serve").unwrap();
+    let mut stream = UnixStream::connect(serving["control"].as_str().unwrap()).unwrap();
+    write!(stream, "GET /v1/snapshots HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"name\":\"a\""), "{answer}");
+    let asked = Command::new("kill").arg(daemon.0.id().to_string()).status().unwrap();
+    assert!(asked.success());
+    assert!(daemon.0.wait().unwrap().success(), "it lets go of the store and ends");
 }
 
 #[test]

@@ -119,6 +119,7 @@ pub struct Uffd(pub(super) Arc<Inner>);
 pub(super) struct Inner {
     pub(super) uffd: userfaultfd::Uffd,
     removes: bool,
+    forks: bool,
 }
 
 impl Inner {
@@ -147,7 +148,7 @@ impl Uffd {
             Err(userfaultfd::Error::SystemError(e)) => return Err(UffdError::creating(e.into())),
             Err(e) => return Err(UffdError::Io { what: "creating", error: io::Error::other(e) }),
         };
-        Ok(Uffd(Arc::new(Inner { uffd, removes: options.remove_events })))
+        Ok(Uffd(Arc::new(Inner { uffd, removes: options.remove_events, forks: false })))
     }
 
     /// Takes over a userfaultfd received from a VMM, whose handshake with the kernel is done.
@@ -165,12 +166,18 @@ impl Uffd {
         // A blocking userfaultfd cannot be polled.
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
             .map_err(|e| UffdError::Io { what: "making it non-blocking", error: e.into() })?;
-        Ok(Uffd(Arc::new(Inner { uffd: wrap(fd), removes: true })))
+        let forks = reports_forks(&fd);
+        Ok(Uffd(Arc::new(Inner { uffd: wrap(fd), removes: true, forks })))
     }
 
     /// Whether ranges the guest gives back may be reported.
     pub fn may_report_removes(&self) -> bool {
         self.0.removes
+    }
+
+    /// Whether forks of the VMM are reported, which put descriptors into this process.
+    pub(crate) fn may_report_forks(&self) -> bool {
+        self.0.forks
     }
 
     /// Registers `memory` so that its missing pages fault to us.
@@ -205,16 +212,7 @@ impl Uffd {
         &self,
         into: &'b mut EventBuffer,
     ) -> Result<impl Iterator<Item = Event> + 'b, UffdError> {
-        let got = match into.read_from(self.0.fd()) {
-            Ok(got) => got,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
-            Err(error) => return Err(UffdError::Io { what: "reading events", error }),
-        };
-        Ok(parse_all(into.bytes.get(..got).unwrap_or_default()).inspect(|event| {
-            if let Event::Fork { descriptor } = *event {
-                close_unwanted(descriptor);
-            }
-        }))
+        into.read_events(self.0.fd()).map_err(|error| UffdError::Io { what: "reading events", error })
     }
 
     /// For polling: readable when an event waits.
@@ -245,6 +243,25 @@ impl EventBuffer {
     /// Room for `messages` messages, which the kernel writes into `file` from `at` on.
     pub(crate) fn kept(file: Arc<SharedFile>, at: u64, messages: usize) -> Self {
         EventBuffer { kept: Some((file, at)), ..EventBuffer::new(messages) }
+    }
+
+    /// Reads the messages that wait at `fd`; none if none does.
+    fn read_events(&mut self, fd: BorrowedFd<'_>) -> io::Result<impl Iterator<Item = Event> + '_> {
+        let got = match self.read_from(fd) {
+            Ok(got) => got,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+            Err(error) => return Err(error),
+        };
+        // A kept file is others' to write, too: what is said there names no descriptor of ours to close. Forks are not
+        // reported to it (see `may_report_forks`).
+        let private = self.kept.is_none();
+        Ok(parse_all(self.bytes.get(..got).unwrap_or_default()).inspect(move |event| {
+            if let Event::Fork { descriptor } = *event
+                && private
+            {
+                close_unwanted(descriptor);
+            }
+        }))
     }
 
     fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
@@ -283,6 +300,59 @@ fn create_by_syscall(options: UffdOptions, features: u64) -> Result<userfaultfd:
 /// Closes the descriptor that a fork event put into our process: children of a VMM are not served.
 fn close_unwanted(descriptor: u32) {
     let Ok(raw) = i32::try_from(descriptor) else { return };
-    // SAFETY: the kernel made this descriptor for us when it delivered the event just parsed, once.
+    // SAFETY: the kernel made this descriptor for us when it delivered the event just parsed, once; it wrote the event
+    // into memory that is nobody else's.
     drop(unsafe { OwnedFd::from_raw_fd(raw) });
+}
+
+/// Whether whoever made this userfaultfd asked for events of forks. Where the kernel does not tell, it is taken not to:
+/// no VMM is known to.
+fn reports_forks(fd: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd;
+    const EVENT_FORK: u64 = 1 << 1;
+    let told = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap_or_default();
+    // As "API:<tab>VERSION:FEATURES IN USE:FEATURES THERE ARE", in hexadecimal.
+    let api = told.lines().find_map(|line| line.strip_prefix("API:"));
+    let features = api.and_then(|api| u64::from_str_radix(api.split(':').nth(1)?, 16).ok());
+    features.is_some_and(|features| features & EVENT_FORK != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever could write to the file had any descriptor of this process closed.
+    #[test]
+    fn a_forged_event_in_a_kept_file_closes_nothing() {
+        use std::os::fd::AsRawFd;
+        let file = Arc::new(SharedFile::create("test", 4096).expect("a file"));
+        let mut kept = EventBuffer::kept(file, 0, 4);
+        let victim = std::fs::File::open("/dev/zero").expect("a descriptor");
+        let mut forged = [0; MESSAGE_BYTES];
+        forged[0] = 0x13;
+        forged[8..12].copy_from_slice(&(victim.as_raw_fd() as u32).to_ne_bytes());
+        let (reader, mut writer) = io::pipe().expect("a pipe");
+        io::Write::write_all(&mut writer, &forged).expect("written");
+        let events: Vec<_> = kept.read_events(reader.as_fd()).expect("events").collect();
+        assert!(matches!(events[..], [Event::Fork { .. }]), "{events:?}");
+        assert!(rustix::fs::fstat(&victim).is_ok(), "the descriptor was closed");
+    }
+
+    #[test]
+    fn a_userfaultfd_says_whether_it_reports_forks() {
+        let make = |features| {
+            let made = UffdBuilder::new()
+                .non_blocking(true)
+                .user_mode_only(true)
+                .require_features(features)
+                .create();
+            made.map(|uffd| uffd.as_fd().try_clone_to_owned().expect("cloned"))
+        };
+        let (Ok(without), Ok(with)) = (make(FeatureFlags::empty()), make(FeatureFlags::EVENT_FORK)) else {
+            assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped");
+            return eprintln!("SKIPPED: a userfaultfd that reports forks takes privilege");
+        };
+        assert!(!Uffd::adopt(without).expect("adopted").may_report_forks());
+        assert!(Uffd::adopt(with).expect("adopted").may_report_forks());
+    }
 }

@@ -21,8 +21,8 @@ use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
-    Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy, RegionSpec, Restore,
-    RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdError, UffdOptions,
+    Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy, Refusals, RegionSpec,
+    Restore, RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdError, UffdOptions,
     WORKING_SET_PAGES_MAX,
 };
 use rustix::fs::SeekFrom;
@@ -142,6 +142,7 @@ pub struct OnDemand {
     pub(super) counts: Counts,
     options: WakeOptions,
     pub(super) failing: Failing,
+    refusals: Refusals,
     touches: Mutex<Touches>,
     pub(super) ahead: Ahead,
 }
@@ -173,6 +174,7 @@ impl OnDemand {
             counts: Counts::default(),
             options,
             failing: Failing::default(),
+            refusals: Refusals::default(),
             touches: Mutex::new(Touches::new(std::iter::empty())),
             ahead: Ahead::default(),
         };
@@ -329,7 +331,10 @@ impl OnDemand {
         let (mut retries, mut damaged) = (0, false);
         loop {
             let error = match get() {
-                Ok(got) => return Ok(got),
+                Ok(got) => {
+                    self.refusals.over();
+                    return Ok(got);
+                }
                 Err(error) => error,
             };
             match error.kind {
@@ -338,6 +343,14 @@ impl OnDemand {
                         return Err(error);
                     }
                     retries += 1;
+                }
+                SourceErrorKind::Denied => {
+                    self.refusals.tell(&error);
+                    // As long as it takes: whoever may lift that may do so at any time.
+                    if !self.pause(self.options.retry.wait(retries)) {
+                        return Err(error);
+                    }
+                    retries = retries.saturating_add(1);
                 }
                 SourceErrorKind::Damaged if !damaged => damaged = true,
                 _ => return Err(error),
