@@ -7,15 +7,13 @@ use std::time::{Duration, Instant};
 use dormouse_chunkstore::backend::modelled::{FirstByte, ModelledBackend, StoreModel};
 use dormouse_chunkstore::backend::open_url;
 use dormouse_chunkstore::{Store, StoreOptions};
-use dormouse_restore::{Policy, Restore, VmStopped};
-use dormouse_wake::StreamFill;
+use dormouse_restore::Policy;
 
-use crate::guest::{Bench, GUEST_PAGES, fresh, import, name, plan};
-use crate::install::image;
+use crate::guest::{Bench, GUEST_PAGES, fresh, import, name};
+use crate::machine::{Machine, open};
 use crate::row::Row;
 use crate::stats::{median, ms};
 use crate::{BenchError, Result};
-use dormouse_restore::PageSource as _;
 
 /// The working set: 24 MiB.
 const PAGES: u64 = 24 * 256;
@@ -52,25 +50,17 @@ impl Cold {
         self.backend.take_reads();
         let store = Store::with_backend(self.backend.clone(), StoreOptions::default());
         let start = Instant::now();
-        let resume = store.open_resume(&name("guest")?)?;
-        let source = image(&resume)?;
-        let pages = source.page_count();
-        let handle = Restore::start(plan(source, pages)?, memory, Policy::default())?;
-        let stream = resume.stream.ok_or_else(|| BenchError::wrong("the stream just built is not there"))?;
-        let fill = StreamFill::start(&handle, Arc::new(stream), 0, 2)?;
-        while handle.counters().pages_copied == 0 {
+        let opened = open(&store, "guest")?;
+        opened.decode_ahead(false)?;
+        let machine = Machine::wake(&opened, memory, Policy::default())?;
+        let filling = machine.install()?;
+        while machine.handle.counters().pages_copied == 0 {
             thread::sleep(Duration::from_micros(50));
         }
         let first_page = ms(start.elapsed());
-        let filled = fill.join();
+        filling.join().map_err(|_| BenchError::wrong("the thread that installs panicked"))?;
         let ready = ms(start.elapsed());
-        if filled.installed_pages != PAGES {
-            return Err(BenchError::wrong(format!(
-                "{} of {PAGES} pages came: {:?}",
-                filled.installed_pages, filled.ended_early
-            )));
-        }
-        handle.stop(VmStopped::attest());
+        machine.end()?;
         let requests = self.backend.take_reads().0 as f64;
         self.backend.set_model(None);
         Ok(Sample { first_page, ready, requests })

@@ -4,14 +4,13 @@ use std::collections::HashSet;
 
 use dormouse_chunkstore::TouchedRun;
 use dormouse_core::{PAGE_BYTES, PageIndex};
+use dormouse_restore::Policy;
 use dormouse_restore::state::PageState;
-use dormouse_restore::{Policy, VmStopped};
-use dormouse_wake::fill_from_stream;
 
-use crate::guest::{Bench, name, start};
-use crate::install::image;
+use crate::Result;
+use crate::guest::{Bench, name};
+use crate::machine::{Machine, memory_for, open};
 use crate::row::Row;
-use crate::{BenchError, Result};
 
 /// Pages of the working set: 16 MiB.
 const PAGES: u64 = 4096;
@@ -28,20 +27,20 @@ pub fn rows(bench: &Bench) -> Result<Vec<Row>> {
     let touched: Vec<TouchedRun> =
         recorded.iter().map(|p| TouchedRun { image: 0, pages: *p..*p + 1 }).collect();
     store.build_stream(&store.open_snapshot(&name("guest")?)?, &touched)?;
-    let resume = store.open_resume(&name("guest")?)?;
-    let (mapping, handle) = start(image(&resume)?, Policy::default())?;
-    let stream = resume.stream.as_ref().ok_or_else(|| BenchError::wrong("no stream"))?;
-    let filled = fill_from_stream(&handle.installer(), stream, 0, 2);
-    let there = |page: &&u64| handle.page_state(PageIndex(**page)) == Some(PageState::Installed);
+    let opened = open(&store, "guest")?;
+    let (mapping, memory) = memory_for(&opened)?;
+    let machine = Machine::wake(&opened, memory, Policy::default())?;
+    machine.fill()?;
+    let there = |page: &&u64| machine.handle.page_state(PageIndex(**page)) == Some(PageState::Installed);
     let covered = replayed.iter().filter(there).count();
     for page in &replayed {
         mapping.load(*page as usize * PAGE_BYTES);
     }
     let needed: HashSet<u64> = replayed.iter().copied().collect();
     let vain = recorded.iter().filter(|p| !needed.contains(p)).count();
-    handle.stop(VmStopped::attest());
+    let brought = machine.end()?;
     Ok(vec![
         Row::at_least("coverage", "pages", covered as f64, replayed.len() as f64, 0.95),
-        Row::at_most("overfetch", "pages", vain as f64, filled.installed_pages as f64, 0.2),
+        Row::at_most("overfetch", "pages", vain as f64, brought as f64, 0.2),
     ])
 }

@@ -2,17 +2,17 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Barrier};
+use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
-use dormouse_chunkstore::{HotStream, Store, StoreOptions, TouchedRun, backend::open_url};
+use dormouse_chunkstore::{Store, StoreOptions, TouchedRun, backend::open_url};
 use dormouse_core::PAGE_BYTES;
-use dormouse_restore::{Policy, VmStopped};
-use dormouse_wake::{StoredImage, fill_from_memory, fill_from_stream};
+use dormouse_restore::Policy;
+use dormouse_wake::Opened;
 
-use crate::guest::{Bench, GUEST_PAGES, import, name, start};
-use crate::install::{decoded, image, resume_with};
+use crate::guest::{Bench, GUEST_PAGES, import, name};
+use crate::machine::{Machine, memory_for, open, runs_of, with_stream};
 use crate::raw::copy_all;
 use crate::row::Row;
 use crate::stats::{median, ms, quantile};
@@ -24,15 +24,13 @@ const PAGES: u64 = 4096;
 /// A whole resume of `called`: opened by name, memory mapped and registered, working set in place.
 fn resume(store: &Store, called: &str) -> Result<f64> {
     let begin = Instant::now();
-    let resume = store.open_resume(&name(called)?)?;
-    let (_mapping, handle) = start(image(&resume)?, Policy::default())?;
-    let stream = resume.stream.as_ref().ok_or_else(|| BenchError::wrong("no stream"))?;
-    let filled = fill_from_stream(&handle.installer(), stream, 0, 2);
+    let opened = open(store, called)?;
+    opened.decode_ahead(false)?;
+    let (_mapping, memory) = memory_for(&opened)?;
+    let machine = Machine::wake(&opened, memory, Policy::default())?;
+    machine.fill()?;
     let took = ms(begin.elapsed());
-    handle.stop(VmStopped::attest());
-    if filled.installed_pages == 0 {
-        return Err(BenchError::wrong("nothing was installed"));
-    }
+    machine.end()?;
     Ok(took)
 }
 
@@ -94,33 +92,35 @@ pub fn generations(bench: &Bench) -> Result<Vec<Row>> {
 /// `many_100`: p99 of a hundred machines that wake at the same moment, against their bytes at raw copy speed.
 pub fn many(bench: &Bench) -> Result<Vec<Row>> {
     let (machines, mib) = (100, if bench.quick { 4 } else { 16 });
-    let resumed = resume_with(bench, mib)?;
-    let (hot, image) = (decoded(&resumed)?, image(&resumed)?);
+    let opened = with_stream(bench, mib)?;
+    let runs = runs_of(&opened)?;
+    opened.decode_ahead(true)?;
     let [ours, floor] = bench.compare(
         "many_100",
         "ms",
         3,
         [
-            ("p99 of a hundred", &mut || at_once(machines, &image, &hot)),
+            ("p99 of a hundred", &mut || at_once(machines, &opened)),
             ("raw copies", &mut || {
-                (0..machines).try_fold(0.0, |sum, _| Ok(sum + ms(copy_all(&hot, GUEST_PAGES)?)))
+                (0..machines).try_fold(0.0, |sum, _| Ok(sum + ms(copy_all(&runs, GUEST_PAGES)?)))
             }),
         ],
     )?;
     Ok(vec![Row::at_most("many_100", "ms", median(ours), median(floor), 2.0)])
 }
 
-fn at_once(machines: usize, image: &Arc<StoredImage>, hot: &HotStream) -> Result<f64> {
+fn at_once(machines: usize, opened: &Opened) -> Result<f64> {
     let barrier = Barrier::new(machines);
     let policy = Policy { demand_workers: 1, prefetch_workers: 0, ..Policy::default() };
     let one = || {
         barrier.wait();
         let begin = Instant::now();
-        let (mapping, handle) = start(image.clone(), policy.clone())?;
-        fill_from_memory(&handle.installer(), hot, 0)?;
+        let (_mapping, memory) = memory_for(opened)?;
+        let machine = Machine::wake(opened, memory, policy.clone())?;
+        machine.wait_decoded();
+        machine.fill()?;
         let took = ms(begin.elapsed());
-        handle.stop(VmStopped::attest());
-        drop(mapping);
+        machine.end()?;
         Ok::<f64, BenchError>(took)
     };
     let times: Result<Vec<f64>> = thread::scope(|scope| {

@@ -4,8 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dormouse_chunkstore::HotStream;
-use dormouse_core::PAGE_BYTES;
+use dormouse_core::{PAGE_BYTES, PageIndex};
 use dormouse_restore::Memory;
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::sys::event::Event;
@@ -18,12 +17,12 @@ use crate::{BenchError, Result};
 const STEP_BYTES: usize = 2 << 20;
 
 /// Copies all runs into fresh memory in steps of 2 MiB, and nothing else; how long that took.
-pub fn copy_all(hot: &HotStream, pages: u64) -> Result<Duration> {
+pub fn copy_all(runs: &[(PageIndex, Vec<u8>)], pages: u64) -> Result<Duration> {
     let (_mapping, memory) = fresh(pages, false)?;
     let start = Instant::now();
-    for run in &hot.runs {
-        for (i, step) in run.bytes.chunks(STEP_BYTES).enumerate() {
-            copy(&memory, run.first.0 + (i * STEP_BYTES / PAGE_BYTES) as u64, step)?;
+    for (first, bytes) in runs {
+        for (i, step) in bytes.chunks(STEP_BYTES).enumerate() {
+            copy(&memory, first.0 + (i * STEP_BYTES / PAGE_BYTES) as u64, step)?;
         }
     }
     Ok(start.elapsed())

@@ -50,9 +50,7 @@ pub use repack::{DENSE_LEVEL, RepackOptions, RepackReport};
 pub use settle::{Settled, Standing};
 pub use snapshot::{FramePlace, Image, Pages, Snapshot};
 pub use store::{Store, StoreOptions};
-pub use stream::{
-    HotRun, HotStream, InstallRun, Resume, ResumeStream, StreamInfo, StreamReport, Tier, TouchedRun,
-};
+pub use stream::{HotRun, InstallRun, Resume, ResumeStream, StreamInfo, StreamReport, Tier, TouchedRun};
 pub use usage::{ImageSummary, Scatter, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
 pub use verify::{
     Damage, RepairOptions, RepairReport, Repaired, Source as RepairSource, VerifyDepth, VerifyReport,

@@ -3,7 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`stored_image`] | an image in a store, as a restore's source of pages |
-//! | [`first_pages`], [`stream_fill`] | a resume stream on its way into guest memory |
+//! | [`first_pages`] | a resume stream on its way into guest memory |
 //! | [`recording`], [`coverage`] | what a session tells of what its machine needs first |
 //! | [`prediction`], [`page_set`] | which pages come first next time |
 //! | [`opened`] | a snapshot opened so that machines wake from it, with its resume stream |
@@ -25,7 +25,6 @@ pub mod recording;
 pub mod records;
 mod sink;
 pub mod stored_image;
-pub mod stream_fill;
 pub mod working_set;
 
 use dormouse_chunkstore::Snapshot;
@@ -39,7 +38,6 @@ pub use prediction::predict;
 pub use recording::{PageByPage, Recording, SessionRecord};
 pub use records::{Record, Records};
 pub use stored_image::{StoredImage, source_error};
-pub use stream_fill::{StreamFill, StreamFilled, fill_from_memory, fill_from_stream};
 pub use working_set::{
     WORKING_SET_ID, WorkingSetError, build_stream, decode_working_set, encode_working_set, stored_working_set,
 };

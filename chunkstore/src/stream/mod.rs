@@ -9,5 +9,5 @@ mod read;
 pub use self::{
     build::{StreamInfo, StreamReport, TouchedRun},
     local::Tier,
-    read::{HotRun, HotStream, InstallRun, Resume, ResumeStream},
+    read::{HotRun, InstallRun, Resume, ResumeStream},
 };

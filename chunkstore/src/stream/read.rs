@@ -197,13 +197,6 @@ pub struct HotRun {
     pub bytes: Vec<u8>,
 }
 
-/// A stream decoded and kept in memory: the hot tier.
-#[derive(Clone, Debug, Default)]
-pub struct HotStream {
-    /// Runs in the order of the stream, merged where they are consecutive.
-    pub runs: Vec<HotRun>,
-}
-
 impl ResumeStream {
     /// What is in it.
     pub fn head(&self) -> &StreamHead {
@@ -357,31 +350,5 @@ impl ResumeStream {
             work();
         });
         failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-    }
-
-    /// Decodes the whole stream into memory.
-    pub fn decode_all(&self, workers: usize) -> Result<HotStream> {
-        let runs = Mutex::new(Vec::new());
-        self.for_each_run(workers, &|image, first, bytes| {
-            let run = HotRun { image, first, bytes: bytes.to_vec() };
-            runs.lock().unwrap_or_else(PoisonError::into_inner).push(run);
-            Ok(())
-        })?;
-        let mut runs = runs.into_inner().unwrap_or_else(PoisonError::into_inner);
-        // In memory nothing is gained by the order of first touch, and long runs install faster.
-        runs.sort_by_key(|r| (r.image, r.first));
-        let mut merged: Vec<HotRun> = Vec::new();
-        for run in runs {
-            match merged.last_mut() {
-                Some(last)
-                    if last.image == run.image
-                        && last.first.0 + (last.bytes.len() / PAGE_BYTES) as u64 == run.first.0 =>
-                {
-                    last.bytes.extend_from_slice(&run.bytes);
-                }
-                _ => merged.push(run),
-            }
-        }
-        Ok(HotStream { runs: merged })
     }
 }

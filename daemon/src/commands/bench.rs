@@ -59,5 +59,9 @@ fn print_text(out: &mut dyn Write, document: &Document) -> io::Result<()> {
         ]);
     }
     writeln!(out, "{} cores; medians, both sides measured in turns\n", document.cores)?;
-    write!(out, "{table}")
+    writeln!(out, "{table}")?;
+    for row in &document.rows {
+        writeln!(out, "{}: {}", row.name, dormouse_benches::legend(&row.name))?;
+    }
+    Ok(())
 }
