@@ -215,6 +215,12 @@ fn repacking_keeps_identities_and_content_and_collects_what_was_wasteful() {
     assert!(store.verify(None, VerifyDepth::Content, &NoProgress).unwrap().is_clean());
 }
 
+/// An hour passes for the file of an object.
+fn grow_old(path: &std::path::Path) {
+    let an_hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+    std::fs::File::options().write(true).open(path).unwrap().set_modified(an_hour_ago).unwrap();
+}
+
 /// A put that is killed leaves the file it was writing, under a name that no listing shows.
 #[test]
 fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure() {
@@ -225,7 +231,6 @@ fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure
     let root = dir.path().join("store");
     let whole = files_below(&root);
     // As it happens to objects of every kind: each has one that its writer never finished, and one being written.
-    let an_hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
     let (mut old, mut young) = (Vec::new(), Vec::new());
     for object in whole.iter().filter(|p| !p.ends_with("lock")) {
         let staged = |number: u32| {
@@ -236,7 +241,7 @@ fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure
         for path in [staged(1), staged(23)] {
             std::fs::write(path, b"half of it").unwrap();
         }
-        std::fs::File::options().write(true).open(staged(1)).unwrap().set_modified(an_hour_ago).unwrap();
+        grow_old(&staged(1));
     }
     assert!(old.len() >= 5, "a keyring, a reference, a root, packs: {old:?}");
     let dry = store.gc(GcOptions { dry_run: true, ..AT_ONCE }).unwrap();
@@ -250,7 +255,7 @@ fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure
     machine.remember().check(&store, "a").unwrap();
     // Whoever takes a silent writer for dead at once sweeps at once.
     drop(store);
-    std::thread::sleep(Duration::from_millis(5));
+    young.iter().for_each(|path| grow_old(path));
     let options = dormouse_chunkstore::StoreOptions {
         key: Some(dormouse_core::DomainKey::new([3; 32])),
         lease: Duration::ZERO,
@@ -319,7 +324,7 @@ fn what_is_condemned_and_not_yet_deleted_is_not_shared_again_and_again() {
     let machine = Machine::new(50, 5);
     machine.import(&store, "a", None).unwrap();
     store.remove(&name("a")).unwrap();
-    std::thread::sleep(Duration::from_millis(5));
+    files_below(&dir.path().join("store")).iter().for_each(|path| grow_old(path));
     let soon = GcOptions { grace: Duration::from_millis(1), dry_run: false };
     assert!(store.gc(soon).unwrap().condemned_objects >= 2);
     // The same pages, by the host that knows them and by one that finds them in the listing.

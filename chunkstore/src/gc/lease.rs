@@ -48,7 +48,11 @@ impl Moment {
 
     /// Whether it is too long ago by now.
     pub(crate) fn is_past(&self) -> bool {
-        self.age() >= self.good
+        self.is_past_after(self.age())
+    }
+
+    fn is_past_after(&self, age: Duration) -> bool {
+        age >= self.good
     }
 }
 
@@ -264,11 +268,17 @@ mod tests {
 
     #[test]
     fn what_was_found_out_is_acted_on_for_half_a_lease_and_no_longer() {
-        let lease = Duration::from_secs(900);
-        let mut moment = Moment::now(lease);
-        assert!(!moment.is_past());
-        moment.since = moment.since.saturating_sub(lease / 2);
-        assert!(moment.is_past() || moment.since.is_zero());
-        assert!(!Moment::now(Duration::ZERO).is_past(), "nobody is asked to be faster than half a minute");
+        let nanosecond = Duration::from_nanos(1);
+        // Nobody is asked to be faster than half a minute, however short the lease.
+        for (lease_s, good_s) in [(900, 450), (60, 30), (10, 30), (0, 30)] {
+            let good = Duration::from_secs(good_s);
+            let moment = Moment::now(Duration::from_secs(lease_s));
+            assert!(!moment.is_past_after(good - nanosecond), "a lease of {lease_s} s");
+            assert!(moment.is_past_after(good), "a lease of {lease_s} s");
+        }
+        // The clock that is looked at is that of this machine's start.
+        let (started, to_come) = (Duration::ZERO, awake_or_asleep() + Duration::from_secs(3600));
+        assert!(Moment { since: started, good: nanosecond }.is_past());
+        assert!(!Moment { since: to_come, good: nanosecond }.is_past());
     }
 }

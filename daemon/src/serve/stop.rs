@@ -67,7 +67,12 @@ pub(super) async fn stop(daemon: &Arc<Daemon>) {
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
     // Something may have been begun meanwhile, with one that was detached for example.
+    let mut told = false;
     while !daemon.gate.close() {
+        if !told {
+            tracing::info!("something was begun meanwhile, and is waited for");
+            told = true;
+        }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
     if policy == OnStop::Keep {

@@ -133,8 +133,10 @@ fn a_standby_that_is_begun_while_the_daemon_waits_for_a_vm_is_done_before_it_end
     store.wait_held();
     kill("-9", waited["pid"].as_u64().unwrap());
     wait_until("the VM's end", || daemon.get("/v1/vms/one")["state"] == "ended");
-    // Longer than what is being answered is waited for at the end.
-    std::thread::sleep(Duration::from_secs(4));
+    // Otherwise it would end by now: nothing it served is left, and what is being answered it does not wait for.
+    wait_until("the standby to be waited for", || {
+        daemon.logged().iter().any(|line| line.to_string().contains("was begun meanwhile"))
+    });
     drop(release);
     let mut answer = String::new();
     client.read_to_string(&mut answer).unwrap();

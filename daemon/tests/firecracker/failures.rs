@@ -75,6 +75,14 @@ fn a_vm_that_is_held_stands_still_and_is_not_given_anything() {
     machine.console.assert_no_wrong_page();
 }
 
+/// Whether the kernel has a vCPU of Firecracker's process stand still in a fault that a userfaultfd is to answer.
+fn waits_for_a_page(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let said = |path: std::path::PathBuf| fs::read_to_string(path).unwrap_or_default();
+    let vcpus = threads.filter(|thread| said(thread.path().join("comm")).starts_with("fc_vcpu"));
+    vcpus.map(|vcpu| said(vcpu.path().join("wchan"))).any(|function| function == "handle_userfault")
+}
+
 #[test]
 fn a_guest_whose_server_is_killed_gets_no_zeros() {
     let Some(scene) = scene() else { return };
@@ -89,7 +97,8 @@ fn a_guest_whose_server_is_killed_gets_no_zeros() {
     server.kill();
     api.resume().unwrap();
     // It cannot say anything as long as its vCPU waits; a zero page would have it say `X`.
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    let pid = machine.process.pid().unwrap();
+    wait_until("its vCPU to wait for a page", || waits_for_a_page(pid));
     assert_eq!(machine.process.try_wait().unwrap(), None, "Firecracker holds its memory itself");
     assert_eq!(machine.console.times("."), 0);
     machine.console.assert_no_wrong_page();

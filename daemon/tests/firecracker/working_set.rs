@@ -1,5 +1,7 @@
 //! Resume streams and working sets with real Firecracker: asserted by counts.
 
+use dormouse_restore::WORKING_SET_PAGES_MAX;
+use dormouse_wake::{Record, predict};
 use serde_json::Value;
 
 use crate::generations;
@@ -134,6 +136,12 @@ fn a_throw_away_clone_shows_what_is_touched() {
     assert_eq!(scene.done("elsewhere", &["stream", "rebuild", "vm"])["from"], "recorded");
 }
 
+/// Pages of the stream that the next generation gets by this record.
+fn predicted_pages(record: &Record) -> u64 {
+    let pages = predict(Some(&record.session), &[], WORKING_SET_PAGES_MAX);
+    pages.iter().map(|run| run.end - run.start).sum()
+}
+
 #[test]
 fn the_next_generation_wakes_from_what_this_one_touched() {
     let Some(scene) = scene() else { return };
@@ -154,12 +162,13 @@ fn the_next_generation_wakes_from_what_this_one_touched() {
         let mut awake = generations::wake(&scene, &before, &host, options);
         streamed.push(awake.document["stream_pages"].as_u64());
         awake.console.wait_for(".", 2);
-        // What is recorded is noted five times a second.
-        wait_until("a note of the working set", || {
-            let notes = std::fs::read_dir(scene.path("run/dormouse")).unwrap();
-            notes.flatten().any(|f| f.path().extension().is_some_and(|e| e == "session"))
+        // The guest has touched its whole set by now, which is noted a little later.
+        wait_until("a note of the whole working set", || {
+            let notes = std::fs::read_dir(scene.path("run/dormouse")).unwrap().flatten();
+            let notes = notes.filter(|f| f.path().extension().is_some_and(|e| e == "session"));
+            let records = notes.filter_map(|f| Record::read(&f.path()).ok());
+            records.map(|record| predicted_pages(&record)).any(|pages| pages >= PAGES)
         });
-        std::thread::sleep(std::time::Duration::from_millis(400));
         let socket = awake.document["api_socket"].as_str().unwrap().to_owned();
         let document = generations::standby(&scene, &host, socket.as_ref(), &now, &[]);
         let pages = document["stream"]["pages"].as_u64().unwrap();

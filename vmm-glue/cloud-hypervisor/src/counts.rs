@@ -26,6 +26,7 @@ pub(super) struct Counts {
     pub(super) given_back: AtomicU64,
     pub(super) fetches: AtomicU64,
     pub(super) retries: AtomicU64,
+    pub(super) withheld: AtomicU64,
     pub(super) shown: AtomicU64,
 }
 
@@ -44,6 +45,9 @@ pub struct FaultCounts {
     pub fetches: u64,
     /// Locates and fetches repeated after an error.
     pub retries: u64,
+    /// Requests that could not be answered, for which the VM was ended or waits.
+    #[serde(skip)]
+    pub withheld: u64,
     /// Pages that the VMM showed its guest before it asked for any: none of these is waited for.
     pub shown: u64,
 }
@@ -59,6 +63,7 @@ impl Counts {
             given_back: get(&self.given_back),
             fetches: get(&self.fetches),
             retries: get(&self.retries),
+            withheld: get(&self.withheld),
             shown: get(&self.shown),
         }
     }

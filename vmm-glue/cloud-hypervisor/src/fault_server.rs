@@ -96,6 +96,11 @@ impl FaultServer {
         }
     }
 
+    /// What the VMM asked for until now.
+    pub fn counts(&self) -> FaultCounts {
+        self.memory.counts()
+    }
+
     /// Waits until the VMM asks no more, as it has all pages or is gone, and lets go of the memory.
     pub fn finish(self) -> OnDemandReport {
         // Also while a page is waited for that does not come.

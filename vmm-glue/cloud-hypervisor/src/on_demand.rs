@@ -382,6 +382,7 @@ impl OnDemand {
             return ProvideError::Ended;
         }
         let error = ProvideError::Withheld { address, why: why.to_owned() };
+        self.counts.withheld.fetch_add(1, Ordering::AcqRel);
         if self.options.on_failure == OnFailure::Hold {
             tracing::error!(%error, "the VM waits: end it");
             while self.pause(LOOK_INTERVAL) {}

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use dormouse_cloud_hypervisor::{GuestRange, OnDemand, WakeError, WakeOptions, wake_on_demand};
 use dormouse_core::OnFailure;
 
 use super::peer::{Awake, Receive, Slot, Vm, word};
-use super::scene::{PAGE, PAGES, SLOTS, Scene, bare, have_uffd};
+use super::scene::{PAGE, PAGES, SLOTS, Scene, bare, have_uffd, until};
 
 /// Asks for what is touched, and nothing else.
 const TOUCHED_ONLY: Receive = Receive { postcopy: true, prefault: false };
@@ -52,11 +51,7 @@ fn prefetched_pages_are_answered_at_once() {
     scene.sleep(&Vm::new(&SLOTS, 2), "vm", None);
     let (server, awake) = scene.wake("vm", Receive { postcopy: true, prefault: true }, Default::default());
     let (server, awake) = (server.unwrap(), awake.unwrap());
-    let deadline = std::time::Instant::now() + super::scene::PATIENCE;
-    while awake.held_bytes() < PAGES * PAGE {
-        assert!(std::time::Instant::now() < deadline, "prefetching takes for ever");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
+    until("all to be prefetched", || awake.held_bytes() >= PAGES * PAGE);
     awake.verify(2);
     awake.end(false).unwrap();
     let report = server.finish();
@@ -131,9 +126,7 @@ fn touch(awake: &Arc<Awake>, gpa: u64) -> Arc<AtomicBool> {
         vcpu.load(gpa);
         seen.store(true, Ordering::Release);
     });
-    while awake.requests() == before {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until("a request", || awake.requests() > before);
     came
 }
 
@@ -184,8 +177,7 @@ fn a_vm_to_be_held_waits_for_its_lost_page_and_is_not_answered() {
     let (server, awake) = (server.unwrap(), Arc::new(awake.unwrap()));
     lose_store(&scene);
     let came = touch(&awake, gpa);
-    // Longer than it is tried again.
-    std::thread::sleep(Duration::from_millis(200));
+    until("the page to be given up", || server.counts().withheld == 1);
     assert!(!came.load(Ordering::Acquire) && !awake.handler_ended(), "it still waits");
     awake.die();
     let report = server.finish();
@@ -206,10 +198,7 @@ fn a_store_that_comes_back_lets_the_guest_go_on() {
     lose_store(&scene);
     std::thread::scope(|scope| {
         let touched = scope.spawn(|| awake.load(gpa));
-        while awake.requests() < 2 {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(50));
+        until("the store to be asked again", || server.counts().retries > 0);
         std::fs::rename(scene.path("away"), scene.path("store")).unwrap();
         assert_ne!(touched.join().unwrap(), 0);
     });

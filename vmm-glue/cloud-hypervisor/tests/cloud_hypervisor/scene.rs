@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse_chunkstore::{ImportReport, ImportRequest, NoProgress, Store, StoreOptions};
 use dormouse_cloud_hypervisor::{
@@ -136,4 +136,13 @@ pub(crate) fn received_from(
         scope.spawn(move || what(near));
         receive(far, own_uid(), patience)
     })
+}
+
+/// Waits for what must come about, but not for ever.
+pub(crate) fn until(what: &str, is: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
