@@ -12,6 +12,8 @@ use serde::Serialize;
 
 use crate::{cli::args::GlobalOptions, failure::Failure, key, output, progress::Bar};
 
+pub(crate) use crate::machine::vmm::runtime_dir;
+
 /// Handed to every command.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -81,15 +83,6 @@ fn default_store() -> Result<String, Failure> {
         Failure::usage(format!("the default store {} is not UTF-8; pass --store URL", dir.display()))
     })?;
     Ok(text.to_owned())
-}
-
-/// Where this user's running things are: control sockets, and what is remembered of VMs until the next boot.
-pub(crate) fn runtime_dir() -> PathBuf {
-    match env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
-        Some(dir) if dir.is_absolute() => dir.join("dormouse"),
-        _ if rustix::process::geteuid().is_root() => PathBuf::from("/run/dormouse"),
-        _ => env::temp_dir().join(format!("dormouse-{}", rustix::process::geteuid().as_raw())),
-    }
 }
 
 /// A base directory as the XDG specification has it: relative values of the variable count as unset.

@@ -22,6 +22,7 @@ mod failure;
 mod human;
 mod key;
 mod logging;
+mod machine;
 mod output;
 mod progress;
 mod serve;

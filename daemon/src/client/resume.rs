@@ -4,15 +4,16 @@ use serde_json::Value;
 
 use super::Client;
 use crate::{
-    commands::resume::{Document, ResumeArgs, killed, print_text},
+    commands::resume::{ResumeArgs, killed, print_text},
     context::Context,
     failure::{Failure, Status},
-    serve::api::WakeRequest,
+    machine::wake::Document,
+    serve::api::{WakeRequest, absolute_from_here},
 };
 
 /// Only a report of what was served has to be waited for.
 pub(crate) fn run(args: &ResumeArgs, context: &Context, client: &Client) -> Result<Status, Failure> {
-    let mut vm: Value = client.post("/v1/vms", &WakeRequest::of(args)?)?;
+    let mut vm: Value = client.post("/v1/vms", &request(args)?)?;
     let document = serde_json::from_value::<Document>(vm["resume"].take());
     let document = document.map_err(|e| Failure::new("daemon", format!("the daemon's answer: {e}")))?;
     context.print(&document, |out| print_text(out, &document))?;
@@ -27,4 +28,21 @@ pub(crate) fn run(args: &ResumeArgs, context: &Context, client: &Client) -> Resu
         Some(why) => Err(killed(document.pid, why)),
         None => Ok(Status::Done),
     }
+}
+
+/// What the command line asks for, as the daemon is asked.
+fn request(args: &ResumeArgs) -> Result<WakeRequest, Failure> {
+    Ok(WakeRequest {
+        id: None,
+        snapshot: args.name.to_string(),
+        firecracker: absolute_from_here(args.firecracker.as_deref())?,
+        api_socket: absolute_from_here(args.api_socket.as_deref())?,
+        console: absolute_from_here(args.console.as_deref())?,
+        console_input: None,
+        dirty_tracking: !args.no_dirty_tracking,
+        policy: args.serving.policy,
+        give_up_after_s: args.serving.give_up_after.as_secs(),
+        prefetch: !args.serving.no_prefetch,
+        record_window_s: args.serving.record_window.as_secs(),
+    })
 }

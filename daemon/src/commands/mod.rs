@@ -15,7 +15,6 @@ pub(crate) mod ls;
 pub(crate) mod repack;
 pub(crate) mod resume;
 pub(crate) mod resume_kept;
-mod resume_load;
 pub(crate) mod rm;
 pub(crate) mod serve;
 pub(crate) mod serve_uffd;

@@ -7,10 +7,14 @@ use dormouse_keeper::Keeper;
 
 use super::{
     keeping::{TakenUp, take_up},
-    resume::{Document, Phase, ResumeArgs},
+    resume::ResumeArgs,
     standby::{API_PATIENCE, micros},
 };
-use crate::{context::Context, failure::Failure};
+use crate::{
+    context::Context,
+    failure::Failure,
+    machine::wake::{Document, Phase},
+};
 
 /// The keeper, if one is asked for.
 pub(super) fn keeper(args: &ResumeArgs) -> Result<Option<Arc<dyn Keeper>>, Failure> {

@@ -8,34 +8,26 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, ValueEnum};
-use dormouse_chunkstore::{Snapshot, Store};
+use clap::{Args, ValueEnum, builder::PossibleValue};
+use dormouse_chunkstore::Snapshot;
 use dormouse_core::Name;
-use dormouse_firecracker::{
-    HandshakeListener, Incoming, KeepWith, ListenError, OnFailure, Refusal, Session, SessionOptions,
-    SessionReport, tracking::Tracking,
-};
+use dormouse_firecracker::{HandshakeListener, Incoming, KeepWith, Session, SessionOptions, SessionReport};
 use dormouse_keeper::Keeper;
-use dormouse_restore::Retry;
 use dormouse_wake::{Opened, kept_snapshot};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use super::{
-    keeping::{KeepArgs, TakenUp, let_go, take_up},
-    standby::tracking,
+use super::keeping::{KeepArgs, TakenUp, let_go, take_up};
+pub(crate) use crate::machine::serving::{
+    PolicyName, listen_failure, noted, outlive, refused, retry_for, thread_failure,
 };
 use crate::{
     cli::values,
     context::{self, Context},
     failure::{Failure, Status},
     human,
+    machine::serving::{A_WHILE, HANDSHAKE_PATIENCE, Serving},
     traces::{self, TraceArgs},
 };
-
-/// How long a peer may take over its handshake.
-pub(crate) const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
-/// Waits are cut into pieces of this length.
-const A_WHILE: Duration = Duration::from_secs(3600);
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ServeUffdArgs {
@@ -69,7 +61,7 @@ pub(crate) struct ServeUffdArgs {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ServingArgs {
     /// What to do when a page a VM waits for cannot be had correctly
-    #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
+    #[arg(long, value_name = "POLICY", value_enum, default_value = "kill")]
     pub(crate) policy: PolicyName,
 
     /// How long to try again before that
@@ -83,60 +75,38 @@ pub(crate) struct ServingArgs {
     /// Record for this long which pages the guest touches first; 0s for not at all
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = values::duration)]
     pub(crate) record_window: Duration,
-
-    /// Every page faults by itself, for an exact record
-    #[arg(skip)]
-    pub(crate) page_by_page: bool,
-}
-
-/// [`OnFailure`] on the command line.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize, ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum PolicyName {
-    /// Kill the VM
-    #[default]
-    Kill,
-    /// Leave the VM waiting for that page, for somebody to look at
-    Hold,
 }
 
 impl ServingArgs {
-    pub(crate) fn options(&self) -> SessionOptions {
-        SessionOptions {
-            on_failure: match self.policy {
-                PolicyName::Kill => OnFailure::Kill,
-                PolicyName::Hold => OnFailure::Hold,
-            },
-            retry: retry_for(self.give_up_after),
+    /// As the service has it.
+    pub(crate) fn serving(&self) -> Serving {
+        Serving {
+            policy: self.policy,
+            give_up_after: self.give_up_after,
             prefetch: !self.no_prefetch,
             record_window: self.record_window,
-            page_by_page: self.page_by_page,
+            page_by_page: false,
         }
     }
 
-    /// Opens the snapshot to be served, and begins to decode its first pages if they are to be installed ahead. With
-    /// `keep` they stay in memory for any number of VMs.
-    pub(crate) fn open(&self, store: &Store, name: &Name, keep: bool) -> Result<Opened, Failure> {
-        let opened = Opened::open(store, name)?;
-        if !self.no_prefetch {
-            opened.decode_ahead(keep).map_err(|e| Failure::new("threads", e.to_string()))?;
-        }
-        Ok(opened)
+    pub(crate) fn options(&self) -> SessionOptions {
+        self.serving().options()
     }
 }
 
-/// A [`Retry`] whose waits add up to `time` at least.
-pub(crate) fn retry_for(time: Duration) -> Retry {
-    let retry = Retry { limit: 0, ..Retry::default() };
-    let (mut left, mut limit) = (time, 0);
-    // A few waits that grow, and then as many of the longest as it takes.
-    while !left.is_zero() && retry.wait(limit) < retry.longest {
-        left = left.saturating_sub(retry.wait(limit));
-        limit += 1;
+impl ValueEnum for PolicyName {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[PolicyName::Kill, PolicyName::Hold]
     }
-    let longest = left.as_nanos().div_ceil(retry.longest.as_nanos().max(1));
-    let limit = limit.saturating_add(u32::try_from(longest).unwrap_or(u32::MAX));
-    Retry { limit, ..retry }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(match self {
+            PolicyName::Kill => PossibleValue::new("kill").help("Kill the VM"),
+            PolicyName::Hold => {
+                PossibleValue::new("hold").help("Leave the VM waiting for that page, for somebody to look at")
+            }
+        })
+    }
 }
 
 /// One VM that has ended.
@@ -173,7 +143,7 @@ pub(crate) fn run(args: &ServeUffdArgs, context: &Context) -> Result<Status, Fai
         let TakenUp { session, snapshot } = taken_up.swap_remove(0);
         return finish(&snapshot, args.until_end(session, &snapshot)?);
     }
-    let opened = args.serving.open(&store, &args.name, !args.once)?;
+    let opened = args.serving.serving().open(&store, &args.name, !args.once)?;
     let snapshot = opened.snapshot().clone();
     // Only a hint for `show` and `ls`.
     let hot = noted().filter(|_| opened.is_hot());
@@ -261,46 +231,6 @@ impl Service<'_> {
     }
 }
 
-/// Where what VMs touch first is noted for their next standby.
-pub(crate) fn noted() -> Option<Tracking> {
-    tracking().inspect_err(|why| tracing::warn!(%why, "the next standby will not know what was touched")).ok()
-}
-
-/// Tells why a VM is not served, and ends it, as it would wait for ever.
-pub(crate) fn refused(refusal: &Refusal, on_failure: OnFailure) -> Failure {
-    let mut message = refusal.error.to_string();
-    let pid = refusal.peer.pid;
-    match (&refusal.process, on_failure) {
-        (Some(process), OnFailure::Kill) => match process.kill() {
-            Ok(()) => message += &format!("; process {pid} was killed"),
-            Err(error) => message += &format!("; process {pid} cannot be killed ({error}), end it yourself"),
-        },
-        (Some(_), OnFailure::Hold) => {
-            message += &format!("; process {pid} waits for its memory for ever, end it yourself");
-        }
-        (None, _) => {}
-    }
-    Failure::new("vm_refused", message)
-}
-
-/// Waits until the VM is gone.
-pub(crate) fn outlive(mut session: Session) -> Result<SessionReport, Failure> {
-    loop {
-        session = match session.wait(A_WHILE).map_err(|e| Failure::new("vm", format!("waiting: {e}")))? {
-            Ok(report) => return Ok(report),
-            Err(session) => session,
-        }
-    }
-}
-
-pub(crate) fn listen_failure(error: &ListenError) -> Failure {
-    Failure::new("socket", error.to_string())
-}
-
-pub(crate) fn thread_failure(error: &io::Error) -> Failure {
-    Failure::new("threads", format!("no thread could be started: {error}; raise the limit on them"))
-}
-
 /// A VM's end, for people.
 pub(crate) fn print_report(out: &mut dyn Write, vm: &SessionReport) -> io::Result<()> {
     let c = &vm.counters;
@@ -328,24 +258,4 @@ pub(crate) fn print_report(out: &mut dyn Write, vm: &SessionReport) -> io::Resul
         writeln!(out, "  killed because: {why}")?;
     }
     vm.failures.iter().try_for_each(|why| writeln!(out, "  withheld: {why}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The waits were added up one by one: a century took a billion and a half steps, and more overflowed.
-    #[test]
-    fn any_time_to_give_up_after_becomes_tries_at_once() {
-        let waits = |retry: Retry| (0..retry.limit).map(|n| retry.wait(n)).sum::<Duration>();
-        for ms in [0, 1, 10, 11, 5_000, 120_000, 120_001] {
-            let (time, retry) = (Duration::from_millis(ms), retry_for(Duration::from_millis(ms)));
-            assert!(waits(retry) >= time, "{time:?}: {retry:?}");
-            let fewer = Retry { limit: retry.limit.saturating_sub(1), ..retry };
-            assert!(retry.limit == 0 || waits(fewer) < time, "{time:?}: {retry:?}");
-        }
-        let century = retry_for(Duration::from_secs(100 * 365 * 24 * 3600));
-        assert!(century.limit > 1_500_000_000, "{century:?}");
-        assert_eq!(retry_for(Duration::MAX).limit, u32::MAX);
-    }
 }

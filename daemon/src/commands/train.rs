@@ -7,16 +7,15 @@ use dormouse_core::Name;
 use dormouse_firecracker::{Session, SessionReport};
 use dormouse_wake::build_predicted_stream;
 
-use super::{
-    resume::{self, ResumeArgs, WakeIn},
-    serve_uffd::{PolicyName, ServingArgs, outlive},
-    stream::{Built, print_text},
-};
+use super::stream::{Built, print_text};
 use crate::{
     cli::values,
-    client::MaybeDaemon,
     context::{self, Context},
     failure::{Failure, Status},
+    machine::{
+        serving::{PolicyName, Serving, outlive},
+        wake::{self, Wake, WakeIn},
+    },
 };
 
 #[derive(Args, Debug)]
@@ -45,26 +44,21 @@ pub(crate) fn run(args: &TrainArgs, context: &Context) -> Result<Status, Failure
     let store = context.open_store()?;
     let scratch = tempfile::Builder::new().prefix("dormouse-").tempdir();
     let scratch = scratch.map_err(|e| Failure::file("using", &std::env::temp_dir(), &e))?;
-    let waking = ResumeArgs {
+    let request = Wake {
         name: args.name.clone(),
         firecracker: Some(args.firecracker.clone()),
         api_socket: None,
         console: args.console.clone(),
-        report: None,
-        record: None,
-        no_dirty_tracking: true,
-        serving: ServingArgs {
+        dirty_tracking: false,
+        serving: Serving {
             policy: PolicyName::Kill,
             give_up_after: Duration::from_secs(120),
-            no_prefetch: true,
+            prefetch: false,
             record_window: args.window,
             page_by_page: true,
         },
-        keep: super::keeping::KeepArgs::default(),
-        traces: Default::default(),
-        daemon: MaybeDaemon::default(),
     };
-    let woken = resume::wake(&waking, WakeIn::here(scratch.path()), || Ok(store.clone()))?;
+    let woken = wake::wake(&request, WakeIn::here(scratch.path()), || Ok(store.clone()))?;
     drop(woken.incoming);
     let snapshot = woken.document.snapshot;
     let report = watch(woken.session, args.window)?;

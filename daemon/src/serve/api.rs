@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cli::values::{LONGEST_S, Part},
     client::MaybeDaemon,
-    commands::{
-        resume::{self, ResumeArgs},
-        serve_uffd::{PolicyName, ServingArgs},
-        standby::{self, StandbyArgs},
-    },
+    commands::standby::{self, StandbyArgs},
     failure::Failure,
+    machine::{
+        serving::{PolicyName, Serving},
+        wake::{self, Wake},
+    },
 };
 
 /// `POST /v1/vms`: wake a snapshot.
@@ -177,7 +177,7 @@ pub(crate) struct VmDocument {
     pub(crate) since_unix_ms: u64,
     pub(crate) ended_unix_ms: Option<u64>,
     /// What `resume` prints.
-    pub(crate) resume: Option<resume::Document>,
+    pub(crate) resume: Option<wake::Document>,
     /// What `standby` prints, of the last one.
     pub(crate) standby: Option<standby::Document>,
     /// What was served, once it is.
@@ -269,28 +269,23 @@ pub(super) fn seconds(what: &str, seconds: u64) -> Result<Duration, Failure> {
 }
 
 impl WakeRequest {
-    /// As the command line has it.
-    pub(crate) fn args(&self, default_firecracker: Option<&Path>) -> Result<ResumeArgs, Failure> {
+    /// As the service has it.
+    pub(crate) fn args(&self, default_firecracker: Option<&Path>) -> Result<Wake, Failure> {
         let pool = self.firecracker.is_none() && self.api_socket.is_some();
         let default = default_firecracker.filter(|_| !pool).map(Path::to_owned);
-        let args = ResumeArgs {
+        let args = Wake {
             name: name(&self.snapshot)?,
             firecracker: self.firecracker.clone().or(default),
             api_socket: self.api_socket.clone(),
             console: self.console.clone(),
-            report: None,
-            no_dirty_tracking: !self.dirty_tracking,
-            serving: ServingArgs {
+            dirty_tracking: self.dirty_tracking,
+            serving: Serving {
                 policy: self.policy,
                 give_up_after: seconds("give_up_after_s", self.give_up_after_s)?,
-                no_prefetch: !self.prefetch,
+                prefetch: self.prefetch,
                 record_window: seconds("record_window_s", self.record_window_s)?,
                 page_by_page: false,
             },
-            record: None,
-            keep: crate::commands::keeping::KeepArgs::default(),
-            daemon: MaybeDaemon::default(),
-            traces: Default::default(),
         };
         if args.firecracker.is_none() && !pool {
             return Err(Failure::usage(
@@ -311,33 +306,16 @@ impl WakeRequest {
         }
         Ok(args)
     }
-
-    /// What the command line asked for.
-    pub(crate) fn of(args: &ResumeArgs) -> Result<Self, Failure> {
-        Ok(WakeRequest {
-            id: None,
-            snapshot: args.name.to_string(),
-            firecracker: absolute_from_here(args.firecracker.as_deref())?,
-            api_socket: absolute_from_here(args.api_socket.as_deref())?,
-            console: absolute_from_here(args.console.as_deref())?,
-            console_input: None,
-            dirty_tracking: !args.no_dirty_tracking,
-            policy: args.serving.policy,
-            give_up_after_s: args.serving.give_up_after.as_secs(),
-            prefetch: !args.serving.no_prefetch,
-            record_window_s: args.serving.record_window.as_secs(),
-        })
-    }
 }
 
 impl ListenRequest {
     /// The snapshot and how to serve it.
-    pub(crate) fn args(&self) -> Result<(Name, ServingArgs), Failure> {
+    pub(crate) fn args(&self) -> Result<(Name, Serving), Failure> {
         absolute("socket", &self.socket)?;
-        let serving = ServingArgs {
+        let serving = Serving {
             policy: self.policy,
             give_up_after: seconds("give_up_after_s", self.give_up_after_s)?,
-            no_prefetch: !self.prefetch,
+            prefetch: self.prefetch,
             record_window: seconds("record_window_s", self.record_window_s)?,
             page_by_page: false,
         };
@@ -396,7 +374,7 @@ impl StandbyRequest {
     }
 }
 
-fn absolute_from_here(path: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
+pub(crate) fn absolute_from_here(path: Option<&Path>) -> Result<Option<PathBuf>, Failure> {
     path.map(|path| std::path::absolute(path).map_err(|e| Failure::file("finding", path, &e))).transpose()
 }
 

@@ -21,8 +21,8 @@ use super::{
     wake,
 };
 use crate::{
-    commands::serve_uffd::{noted, thread_failure},
     failure::Failure,
+    machine::serving::{noted, thread_failure},
     traces,
 };
 

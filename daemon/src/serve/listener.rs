@@ -21,8 +21,8 @@ use super::{
     wake,
 };
 use crate::{
-    commands::serve_uffd::{HANDSHAKE_PATIENCE, listen_failure, noted, refused, thread_failure},
     failure::Failure,
+    machine::serving::{HANDSHAKE_PATIENCE, listen_failure, noted, refused, thread_failure},
     traces,
 };
 

@@ -16,10 +16,7 @@ use prometheus_client::{
 };
 
 use super::{counted::StoreMetrics, totals::Totals};
-use crate::{
-    commands::{resume, standby},
-    failure::Failure,
-};
+use crate::{commands::standby, failure::Failure, machine::wake};
 
 /// Bounds for what takes milliseconds to minutes, in seconds.
 const BOUNDS_S: [f64; 14] =
@@ -124,7 +121,7 @@ impl Metrics {
         Metrics { registry, ..metrics }
     }
 
-    pub(super) fn resumed(&self, resume: &resume::Document) {
+    pub(super) fn resumed(&self, resume: &wake::Document) {
         self.resumes.get_or_create(&ByResult { result: "ok" }).inc();
         self.resume_seconds.observe(resume.resumed_us as f64 / 1e6);
         for phase in &resume.phases {

@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::{commands::serve_uffd::listen_failure, failure::Failure};
+use crate::{failure::Failure, machine::serving::listen_failure};
 
 /// Connections at a time. Further ones wait.
 const CONNECTIONS_MAX: usize = 256;

@@ -17,11 +17,7 @@ use super::{
     process::Process,
     scratch::Scratch,
 };
-use crate::{
-    commands::{resume, standby},
-    failure::Failure,
-    traces,
-};
+use crate::{commands::standby, failure::Failure, machine::wake, traces};
 
 /// A VM. Everybody who deals with it shares this.
 #[derive(Debug)]
@@ -50,7 +46,7 @@ pub(super) struct Inner {
     pub(super) child: Option<u32>,
     /// Where its sockets are, to be removed after it.
     pub(super) scratch: Option<Scratch>,
-    pub(super) resume: Option<resume::Document>,
+    pub(super) resume: Option<wake::Document>,
     pub(super) standby: Option<(StandbyRequest, standby::Document)>,
     /// What was served, once its memory is served no more.
     pub(super) report: Option<SessionReport>,

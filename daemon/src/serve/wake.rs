@@ -15,11 +15,11 @@ use super::{
     vm::{Vm, now_unix_ms},
 };
 use crate::{
-    commands::{
-        resume::{self, ResumeArgs, WakeIn},
-        serve_uffd::thread_failure,
-    },
     failure::Failure,
+    machine::{
+        serving::thread_failure,
+        wake::{self as waking, Wake, WakeIn},
+    },
     traces,
 };
 
@@ -76,17 +76,18 @@ fn input_of(request: &WakeRequest) -> ConsoleInput {
     request.console_input.clone().map_or(ConsoleInput::Nothing, ConsoleInput::File)
 }
 
-fn begin(daemon: &Arc<Daemon>, vm: &Arc<Vm>, args: &ResumeArgs, input: ConsoleInput) -> Result<(), Failure> {
+fn begin(daemon: &Arc<Daemon>, vm: &Arc<Vm>, request: &Wake, input: ConsoleInput) -> Result<(), Failure> {
     if vm.state() != State::Starting {
         // The request came again at the very moment it was done.
         return Ok(());
     }
     // Of two that want the same Firecracker the second is told so before it touches it.
-    let _reserved = args.api_socket.as_deref().map(|socket| daemon.reserve(socket)).transpose()?;
+    let _reserved = request.api_socket.as_deref().map(|socket| daemon.reserve(socket)).transpose()?;
     let scratch = Scratch::make(&daemon.directory, &daemon.short_name())?;
     let keep = daemon.keeper.as_ref().map(|keeper| (keeper.clone(), kept::notes(vm, Some(&scratch))));
     let within = WakeIn { scratch: scratch.path(), input, own_group: true, keep };
-    let woken = resume::wake(args, within, || Ok(daemon.store.clone())).inspect_err(|_| scratch.remove())?;
+    let woken =
+        waking::wake(request, within, || Ok(daemon.store.clone())).inspect_err(|_| scratch.remove())?;
     scratch.woken();
     daemon.metrics.resumed(&woken.document);
     traces::tell(&vm.span(), "dormouse.snapshot", woken.document.snapshot.clone());

@@ -12,9 +12,9 @@ use dormouse_firecracker::{
 };
 
 use super::{
-    resume::{ResumeArgs, Timeline},
-    serve_uffd::{HANDSHAKE_PATIENCE, listen_failure, thread_failure},
-    standby::{API_PATIENCE, process_at, vmm_failure},
+    serving::{HANDSHAKE_PATIENCE, listen_failure, thread_failure},
+    vmm::{API_PATIENCE, process_at, vmm_failure},
+    wake::{Timeline, Wake},
 };
 use crate::failure::Failure;
 
@@ -32,21 +32,16 @@ pub(super) struct Vmm {
     pub(super) started: Option<Firecracker>,
 }
 
-/// Starts the Firecracker that `args` names, or finds the one that has no guest yet.
-pub(super) fn vmm(
-    args: &ResumeArgs,
-    scratch: &Path,
-    input: ConsoleInput,
-    own_group: bool,
-) -> Result<Vmm, Failure> {
-    let api_socket = args.api_socket.clone().unwrap_or_else(|| scratch.join("api.sock"));
-    let started = match &args.firecracker {
+/// Starts the Firecracker that `wake` names, or finds the one that has no guest yet.
+pub(super) fn vmm(wake: &Wake, scratch: &Path, input: ConsoleInput, own_group: bool) -> Result<Vmm, Failure> {
+    let api_socket = wake.api_socket.clone().unwrap_or_else(|| scratch.join("api.sock"));
+    let started = match &wake.firecracker {
         None => None,
         Some(binary) => {
             let options = FirecrackerOptions {
                 binary: binary.clone(),
                 api_socket: api_socket.clone(),
-                console: args.console.clone().unwrap_or_else(|| "/dev/null".into()),
+                console: wake.console.clone().unwrap_or_else(|| "/dev/null".into()),
                 input,
                 log: None,
                 own_group,
@@ -65,7 +60,7 @@ pub(super) fn vmm(
 
 /// Loads the device state into `vmm` while its memory is served. Firecracker reads guest memory on the way.
 pub(super) fn load(
-    args: &ResumeArgs,
+    wake: &Wake,
     vmm: &Vmm,
     socket: &Path,
     state: &[u8],
@@ -90,9 +85,8 @@ pub(super) fn load(
     };
     let state = state.map_err(|e| Failure::new("memory", e.to_string()))?;
     let session = thread::scope(|scope| {
-        let loading = scope.spawn(|| {
-            vmm.api.load_snapshot_uffd(&state.path_for_vmm(), &socket, !args.no_dirty_tracking, false)
-        });
+        let loading = scope
+            .spawn(|| vmm.api.load_snapshot_uffd(&state.path_for_vmm(), &socket, wake.dirty_tracking, false));
         let session =
             wait_for_handshake(&incoming, process.peer(), || loading.is_finished()).and_then(|handshake| {
                 timeline.mark("handshake");
