@@ -6,6 +6,8 @@ pub trait Progress: Send + Sync {
     fn begin(&self, _total_bytes: u64) {}
     /// This many more bytes of the job are done.
     fn advance(&self, _bytes: u64) {}
+    /// All of a snapshot is stored, and its name is about to be moved: from here on it may be durable at any time.
+    fn naming(&self) {}
 }
 
 /// Tells nobody.

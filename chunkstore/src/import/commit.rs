@@ -25,6 +25,7 @@ use crate::{
     error::{Result, StoreError},
     index::Index,
     meta_packs::{MetaPacks, PackTable},
+    progress::Progress,
     snapshot::Snapshot,
     store::{Store, now_unix_ms},
 };
@@ -40,6 +41,7 @@ impl Store {
         (sequence, version): (u64, Option<Version>),
         index: &Index,
         packing: Packing,
+        progress: &dyn Progress,
     ) -> Result<ImportReport> {
         let mut meta = MetaPacks::new(self, packing);
         let mut blobs = Vec::new();
@@ -123,6 +125,7 @@ impl Store {
         };
         let mut own: HashSet<PackRef> = layout.stored.iter().copied().collect();
         own.extend(meta.packs());
+        progress.naming();
         let announced = self.announce(&reference)?;
         let proven = self.find_lost(&own, &layout.reused, request, parent, root_id).and_then(|lost| {
             if lost.is_empty() {

@@ -97,7 +97,16 @@ impl Store {
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
         let done = self.lay_out(request, index, &images, bases, packing, progress).and_then(|layout| {
-            self.commit(request, &images, parent.as_ref(), layout, (sequence, version), index, packing)
+            self.commit(
+                request,
+                &images,
+                parent.as_ref(),
+                layout,
+                (sequence, version),
+                index,
+                packing,
+                progress,
+            )
         });
         match (&done, &parent) {
             // It was repacked meanwhile, and what it stood for collected: it is all there, elsewhere.

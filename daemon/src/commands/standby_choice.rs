@@ -2,12 +2,20 @@
 
 use dormouse_chunkstore::Store;
 use dormouse_core::Name;
-use dormouse_firecracker::{ApiClient, VmmProcess, api::SnapshotKind, capture, memfile, tracking::Tracking};
+use dormouse_firecracker::{
+    ApiClient, Jail, VmmProcess,
+    api::SnapshotKind,
+    capture_files::{CaptureFiles, difference_fits},
+    machine::Machine,
+    memfile,
+    tracking::Tracking,
+};
 
 use super::standby::{StandbyArgs, vmm_failure};
 use crate::failure::Failure;
 
 /// What is captured, and over which parent it is stored.
+#[derive(Debug)]
 pub(super) struct Choice {
     /// Whether the guest runs now.
     pub(super) is_running: bool,
@@ -16,16 +24,18 @@ pub(super) struct Choice {
     pub(super) full_because: Option<&'static str>,
 }
 
-/// Chooses for a VM of which no other standby is under way: one that comes in between makes Firecracker count anew, and
+/// Chooses for a VM of which no other standby is under way, and makes the files that it is captured into: one that comes in between makes Firecracker count anew, and
 /// a difference over what was chosen before would be a machine that never was.
 pub(super) fn choose(
     args: &StandbyArgs,
     api: &ApiClient,
     process: &VmmProcess,
+    jail: Option<&Jail>,
     tracking: &Tracking,
     store: &Store,
-) -> Result<Choice, Failure> {
-    let is_running = capture::is_running(api).map_err(|e| vmm_failure(&e))?;
+) -> Result<(Choice, CaptureFiles), Failure> {
+    let machine = Machine::of(api).map_err(|e| vmm_failure(&e))?;
+    check_drives(&machine)?;
     let base = tracking.base_of(process);
     let stands_for_base = |name: &Name| {
         let snapshot = store.open_snapshot(name).ok().map(|s| s.reference().snapshot.to_string());
@@ -47,13 +57,39 @@ pub(super) fn choose(
         Some("there is no parent")
     } else if !parent.as_ref().is_some_and(stands_for_base) {
         Some("this host does not know the VM to have come from the parent")
-    } else if !capture::tracks_dirty_pages(api).map_err(|e| vmm_failure(&e))? {
+    } else if !machine.tracks_dirty {
         Some("Firecracker does not track dirty pages")
+    } else if machine.misplaces_differences() {
+        Some(
+            "Firecracker 1.14.0 and 1.14.1 write differences of such a guest at wrong offsets: use 1.14.2 or later",
+        )
     } else if !memfile::holes_are_exact() {
         Some("transparent huge pages blur what changed in files in memory")
+    } else if !difference_fits(process, &machine) {
+        Some("the control group of Firecracker may have no room for a difference")
     } else {
         None
     };
     let kind = if full_because.is_some() { SnapshotKind::Full } else { SnapshotKind::Diff };
-    Ok(Choice { is_running, kind, parent, full_because })
+    let files = CaptureFiles::prepare(kind, &machine, process, jail).map_err(|e| vmm_failure(&e))?;
+    Ok((Choice { is_running: machine.is_running, kind, parent, full_because }, files))
 }
+
+/// Firecracker leaves drives that another process serves out of its snapshots, or ends when it is asked for one.
+fn check_drives(machine: &Machine) -> Result<(), Failure> {
+    if machine.vhost_user_drives.is_empty() {
+        return Ok(());
+    }
+    let drives = machine.vhost_user_drives.join(", ");
+    Err(Failure::new(
+        "vmm",
+        format!(
+            "another process serves the drive {drives} (vhost-user), and Firecracker's snapshots do not hold such drives: \
+             the guest would wake without it; attach it as a file, or do not put this VM on standby"
+        ),
+    ))
+}
+
+#[cfg(test)]
+#[path = "standby_choice_tests.rs"]
+mod tests;

@@ -36,7 +36,7 @@ pub(crate) struct Document {
     /// How long the guest stood still, or had to before it could have gone on.
     pub(crate) pause_us: u64,
     /// From the request until the snapshot was whole in this host's memory.
-    pub(super) resumable_us: u64,
+    resumable_us: u64,
     /// From the request until it was durable in the store.
     pub(crate) durable_us: u64,
     pub(super) phases: Phases,
@@ -50,7 +50,14 @@ pub(crate) struct Document {
 
 impl Document {
     /// Of a guest that was captured, and is not stored yet.
-    pub(super) fn of(args: &StandbyArgs, choice: &Choice, process: &VmmProcess, captured: &Capture) -> Self {
+    pub(super) fn of(
+        args: &StandbyArgs,
+        choice: &Choice,
+        process: &VmmProcess,
+        captured: &Capture,
+        check_us: u64,
+        resumable_us: u64,
+    ) -> Self {
         let times = captured.times;
         Document {
             name: args.name.to_string(),
@@ -62,9 +69,10 @@ impl Document {
             ended: !args.keep_running,
             finished_later: false,
             pause_us: micros(times.paused),
-            resumable_us: 0,
+            resumable_us,
             durable_us: 0,
             phases: Phases {
+                check_us,
                 pause_us: micros(times.pause),
                 snapshot_us: micros(times.snapshot),
                 resume_us: micros(times.resume),
@@ -100,7 +108,7 @@ impl Document {
 /// Each of these follows the one before.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Phases {
-    pub(super) check_us: u64,
+    check_us: u64,
     pause_us: u64,
     snapshot_us: u64,
     resume_us: u64,

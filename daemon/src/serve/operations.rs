@@ -16,7 +16,10 @@ use super::{
     wake,
 };
 use crate::{
-    commands::standby::{self, Asked, process_at},
+    commands::{
+        interruption::Interruption,
+        standby::{self, Asked, process_at},
+    },
     failure::Failure,
 };
 
@@ -52,7 +55,8 @@ pub(super) async fn standby(
         }
         // Should the daemon be killed, the next one finishes it, or lets the guest go on.
         let asked = Asked { by: Some(daemon.directory.clone()), request: json!(done) };
-        let document = standby::perform(&args, asked, || Ok(daemon.store.clone()), &NoProgress);
+        let document =
+            standby::perform(&args, asked, || Ok(daemon.store.clone()), &NoProgress, &Interruption::none());
         daemon.metrics.slept(&document);
         let document = document.inspect_err(|_| interrupted::look_after_vm(&daemon, vm, &args.api_socket))?;
         let answer = json!(document);

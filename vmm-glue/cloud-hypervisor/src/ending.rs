@@ -5,14 +5,20 @@ use std::sync::atomic::Ordering;
 use dormouse_restore::VmStopped;
 
 use super::counts::ImageReport;
+use super::filling;
 use super::on_demand::{OnDemand, Running, Served, lock};
 
 impl OnDemand {
     /// Lets go of the memory: of a VM that has all of it, or is gone. Whoever waits for a page is not answered.
     pub fn end(&self) {
         self.failing.over.store(true, Ordering::Release);
-        for (image, name) in self.images.iter().zip(&self.names) {
-            let Some(Running { handle, memory }) = lock(&image.running).take() else { continue };
+        for (number, (image, name)) in self.images.iter().zip(&self.names).enumerate() {
+            let Some(running) = lock(&image.running).take() else { continue };
+            // One that is not stays told as such, for as long as its VM lives.
+            if self.is_whole(number, &running) {
+                filling::end(&image.file);
+            }
+            let Running { handle, memory } = running;
             let timeline = handle.timeline();
             let failures = handle.failures().iter().map(|e| e.to_string()).collect();
             // No vCPU runs on this mapping: the guest has one of its own, which its VMM guards.

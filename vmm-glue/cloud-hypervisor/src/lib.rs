@@ -37,6 +37,7 @@ pub mod api;
 pub mod counts;
 mod ending;
 pub mod fault_server;
+mod filling;
 pub mod learned;
 pub mod memory;
 pub mod on_demand;

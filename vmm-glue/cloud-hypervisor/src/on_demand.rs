@@ -29,6 +29,7 @@ use rustix::fs::SeekFrom;
 
 use super::ahead::Ahead;
 use super::counts::{Counts, FaultCounts, ImageReport};
+use super::filling;
 use super::memory::MemorySlot;
 use super::protocol::GuestRange;
 use super::send::{LaidOut, SendError, memory_file};
@@ -180,6 +181,7 @@ impl OnDemand {
         };
         for (image, (laid_out, source)) in laid_out.iter().enumerate() {
             let file = memory_file(&laid_out.image, laid_out.bytes)?;
+            filling::begin(&file).map_err(|e| OnDemandError::File(SendError::MemoryFile(e)))?;
             let specs: Vec<RegionSpec> = laid_out.slots.iter().map(region).collect();
             let source: Arc<dyn PageSource> = Arc::new(Patient(source.clone()));
             let plan = Plan::new(source.clone(), &specs)?;
@@ -226,6 +228,14 @@ impl OnDemand {
     /// The memory file of image number `image`.
     pub fn file(&self, image: usize) -> Option<&File> {
         self.images.get(image).map(|i| &i.file)
+    }
+
+    /// Whether all that is plugged for good is there, of image number `number`.
+    pub(super) fn is_whole(&self, number: usize, running: &Running) -> bool {
+        let slots = self.slots.iter().filter(|s| s.image == number && !s.at.pluggable).map(|s| region(&s.at));
+        let mut pages = slots.flat_map(|at| (at.image_first.0..at.image_first.0 + at.pages.0).map(PageIndex));
+        let is_there = |state| matches!(state, Some(PageState::Installed | PageState::Removed));
+        pages.all(|page| is_there(running.handle.page_state(page)))
     }
 
     /// Why the VM was ended from here, if it was.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, OFlags};
 
+use super::filling;
 use super::memory::{MemorySlot, MemorySlotsError, SLOTS_MAX, StoredIn, memory_slots, stored_in};
 use super::protocol::{Command, Response, SleepSequence};
 use super::wire::{Wire, WireError};
@@ -158,6 +159,10 @@ fn collect(wire: &Wire) -> Result<Collected, ReceiveError> {
                 if files.len() >= SLOTS_MAX {
                     return Err(ReceiveError::TooMany(files.len() + 1));
                 }
+                // The guest still runs.
+                if filling::is_going_on(&file).unwrap_or(false) {
+                    return Err(ReceiveError::File { slot, what: STILL_FILLED.into() });
+                }
                 if files.insert(slot, file).is_some() {
                     return Err(ReceiveError::File { slot, what: "came twice".into() });
                 }
@@ -183,6 +188,10 @@ fn collect(wire: &Wire) -> Result<Collected, ReceiveError> {
         }
     }
 }
+
+/// What is wrong with memory that its VM has not got all of.
+const STILL_FILLED: &str = "its pages are still on their way from the snapshot that the VM was woken from: wait until `resume` \
+                            has ended, which says that the VM has all its memory";
 
 /// A file and the slots it shows.
 struct Shown {

@@ -4,7 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::api::{ApiClient, ApiError, SnapshotKind};
-use super::jail::Jail;
+use super::capture_files::{CaptureFiles, LimitError};
 use super::memfile::MemFile;
 
 /// A snapshot in memory.
@@ -44,6 +44,9 @@ pub enum CaptureError {
     /// There is no guest to capture.
     #[error("this Firecracker is {0:?}: only a guest that was started can be put on standby")]
     NotStarted(String),
+    /// A limit would be broken; the guest was not touched.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// Memory for the snapshot could not be had.
     #[error("no memory file could be made for the snapshot: {0}")]
     Scratch(#[from] io::Error),
@@ -65,6 +68,16 @@ impl CaptureError {
     pub fn stands_still(&self) -> bool {
         matches!(self, CaptureError::StandsStill { .. })
     }
+
+    /// Whether Firecracker could not be asked any more: it may have ended.
+    pub fn hung_up(&self) -> bool {
+        match self {
+            CaptureError::Api(error) | CaptureError::StandsStill { resume: error, .. } => {
+                !matches!(error, ApiError::Refused { .. })
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Whether the guest runs (or could), as `GET /` has it.
@@ -72,7 +85,11 @@ impl CaptureError {
 /// # Errors
 /// [`CaptureError::Api`], [`CaptureError::NotStarted`].
 pub fn is_running(api: &ApiClient) -> Result<bool, CaptureError> {
-    let instance = api.get("/")?;
+    state_of(&api.get("/")?)
+}
+
+/// The same, of what `GET /` answered.
+pub(super) fn state_of(instance: &serde_json::Value) -> Result<bool, CaptureError> {
     match instance.get("state").and_then(|s| s.as_str()) {
         Some("Running") => Ok(true),
         Some("Paused") => Ok(false),
@@ -80,18 +97,8 @@ pub fn is_running(api: &ApiClient) -> Result<bool, CaptureError> {
     }
 }
 
-/// Whether Firecracker keeps track of dirty pages.
-///
-/// # Errors
-/// [`CaptureError::Api`].
-pub fn tracks_dirty_pages(api: &ApiClient) -> Result<bool, CaptureError> {
-    let config = api.get("/machine-config")?;
-    Ok(config.get("track_dirty_pages").and_then(serde_json::Value::as_bool).unwrap_or(false))
-}
-
-/// Pauses the guest, takes a snapshot, and lets a guest that ran before go on if `resume`. For a jailed Firecracker
-/// the files are made in its `jail`. A guest that is paused may have `ran_before` all the same: paused by a standby
-/// that was killed.
+/// Pauses the guest, takes a snapshot into `files`, and lets a guest that ran before go on if `resume`. A guest that is
+/// paused may have `ran_before` all the same: paused by a standby that was killed.
 ///
 /// # Errors
 /// [`CaptureError`]. Unless it is [`CaptureError::StandsStill`] the guest runs then if it ran before. Which pages
@@ -101,10 +108,10 @@ pub fn capture(
     kind: SnapshotKind,
     ran_before: bool,
     resume: bool,
-    jail: Option<&Jail>,
+    files: CaptureFiles,
 ) -> Result<Capture, CaptureError> {
     let mut was_running = ran_before;
-    let captured = try_capture(api, kind, &mut was_running, resume, jail);
+    let captured = try_capture(api, kind, &mut was_running, resume, files);
     captured.map_err(|error| match was_running.then(|| api.resume()) {
         Some(Err(resume)) => CaptureError::StandsStill { why: error.to_string(), resume },
         _ => error,
@@ -116,10 +123,9 @@ fn try_capture(
     kind: SnapshotKind,
     was_running: &mut bool,
     resume: bool,
-    jail: Option<&Jail>,
+    files: CaptureFiles,
 ) -> Result<Capture, CaptureError> {
-    let file = |name| jail.map_or_else(|| MemFile::new(name), |jail| jail.file(name));
-    let (memory, state) = (file("dormouse-memory")?, file("dormouse-vmstate")?);
+    let CaptureFiles { memory, state } = files;
     let is_running = is_running(api)?;
     *was_running |= is_running;
     let mut times = CaptureTimes::default();

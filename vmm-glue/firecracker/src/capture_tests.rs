@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::super::api::{ApiClient, ApiError, SnapshotKind};
+use super::super::capture_files::CaptureFiles;
 use super::super::memfile::{MemFile, holes_are_exact};
 use super::super::tracking::{Base, Tracking};
 use super::{CaptureError, capture};
@@ -93,7 +94,11 @@ fn a_guest_whose_pause_or_snapshot_failed_goes_on_and_the_first_error_is_told() 
         let answers = [("Paused", pause), ("snapshot_path", snapshot), ("Resumed", resume)];
         let served = firecracker(&socket, answers);
         let api = ApiClient::new(&socket, Duration::from_secs(60));
-        let error = capture(&api, SnapshotKind::Full, false, true, None).expect_err("refused");
+        let files = CaptureFiles {
+            memory: MemFile::new("memory").expect("memfd"),
+            state: MemFile::new("state").expect("memfd"),
+        };
+        let error = capture(&api, SnapshotKind::Full, false, true, files).expect_err("refused");
         UnixStream::connect(&socket).and_then(|mut s| s.write_all(b"STOP\n")).expect("stop");
         assert_eq!(served.join().expect("no panic"), expected, "{error}");
         match error {

@@ -11,13 +11,16 @@
 pub mod api;
 mod beside;
 pub mod capture;
+pub mod capture_files;
 mod earlier;
 pub mod handshake;
 pub mod incoming;
 pub mod jail;
 pub mod kept_session;
+pub mod machine;
 pub mod memfile;
 pub mod process;
+pub mod room;
 pub mod session;
 mod shown;
 mod sys;

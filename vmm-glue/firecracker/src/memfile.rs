@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
-use rustix::fs::{MemfdFlags, SeekFrom as Find};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom as Find};
 
 /// A nameless file in memory, gone with the last process that holds it.
 #[derive(Debug)]
@@ -39,6 +39,27 @@ impl MemFile {
     /// `file`, which is in memory and has a path where a VMM is.
     pub(super) fn seen_as(file: File, path: PathBuf) -> Self {
         Self { file, seen_as: Some(path) }
+    }
+
+    /// Gives it `bytes` of memory at once, charged to this process.
+    ///
+    /// # Errors
+    /// There is not so much; it holds less then.
+    pub fn allocate(&self, bytes: u64) -> io::Result<()> {
+        /// A signal undoes the piece that is being allocated, and no more.
+        const PIECE: u64 = 64 << 20;
+        let mut at = 0;
+        while at < bytes {
+            let piece = PIECE.min(bytes - at);
+            match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), at, piece) {
+                Err(rustix::io::Errno::INTR) => {}
+                allocated => {
+                    allocated?;
+                    at += piece;
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn as_file(&self) -> &File {
@@ -168,5 +189,16 @@ mod tests {
             file.file.write_all_at(&[1; 4096], page * 4096).expect("write");
         }
         assert_eq!(file.written_pages().expect("runs"), [3..5, 50..51]);
+    }
+
+    #[test]
+    fn allocated_memory_is_there_and_reads_as_zeros() {
+        let file = MemFile::new("dormouse-test").expect("file");
+        let bytes = (64 << 20) + 4096;
+        file.allocate(bytes).expect("allocated");
+        assert_eq!((file.len().expect("length"), file.stored_bytes().expect("blocks")), (bytes, bytes));
+        let mut last = [1; 4096];
+        file.file.read_exact_at(&mut last, bytes - 4096).expect("read");
+        assert_eq!(last, [0; 4096]);
     }
 }

@@ -191,10 +191,26 @@ impl StandbyUnderWay {
         tracking.standby_path(process).as_ref() == Some(&self.path)
     }
 
+    /// Where it is noted.
+    pub fn place(&self) -> NotePlace {
+        NotePlace(self.path.clone())
+    }
+
     /// The standby is over: nothing is left to do of it.
     pub fn done(self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(%error, path = %self.path.display(), "a standby that is over is still noted as under way");
+        self.place().clear();
+    }
+}
+
+/// Where a standby is noted. To be cleared by whoever has it under way, and nobody else.
+#[derive(Clone, Debug)]
+pub struct NotePlace(PathBuf);
+
+impl NotePlace {
+    /// The standby is over: nothing is left to do of it.
+    pub fn clear(&self) {
+        if let Err(error) = fs::remove_file(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "a standby that is over is still noted as under way");
         }
     }
 }

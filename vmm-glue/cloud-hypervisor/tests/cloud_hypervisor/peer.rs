@@ -206,6 +206,11 @@ impl Awake {
 
     /// The memory as another VM's, once this one is shut down.
     pub(crate) fn take_memory(self) -> Vec<(Slot, Arc<File>)> {
+        self.memory()
+    }
+
+    /// The same, as it is now.
+    pub(crate) fn memory(&self) -> Vec<(Slot, Arc<File>)> {
         self.regions.iter().map(|r| (r.slot, Arc::new(r.file.try_clone().unwrap()))).collect()
     }
 

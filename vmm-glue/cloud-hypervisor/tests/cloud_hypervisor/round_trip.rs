@@ -1,7 +1,7 @@
 //! To sleep and to wake, with every byte compared.
 
-use super::peer::{Receive, Slot, Vm};
-use super::scene::{PAGE, PAGES, SLOTS, Scene, have_uffd, name};
+use super::peer::{Awake, Receive, Slot, Vm};
+use super::scene::{PAGE, PAGES, PATIENCE, SLOTS, Scene, bare, have_uffd, name, received_from};
 
 const LIKE_UPSTREAM: Receive = Receive { postcopy: true, prefault: true };
 
@@ -71,6 +71,42 @@ fn each_of_several_memory_files_is_an_image_named_for_its_slots() {
     let snapshot = scene.store.open_snapshot(&name("vm")).unwrap();
     let images: Vec<_> = snapshot.images().map(|i| i.entry().id.to_string()).collect();
     assert_eq!(images, ["memory-0", "memory-2"]);
+}
+
+/// Pages that had not come yet were stored as zeros.
+#[test]
+fn memory_that_is_still_filled_is_not_put_on_standby() {
+    if !have_uffd() {
+        return;
+    }
+    let scene = Scene::new();
+    let vm = Vm::new(&SLOTS, 6);
+    scene.sleep(&vm, "vm", None);
+    let when_asked = Receive { postcopy: true, prefault: false };
+    let (server, awake) = scene.wake("vm", when_asked, bare());
+    let (server, awake) = (server.unwrap(), awake.unwrap());
+    let refused = |awake: &Awake| {
+        let half = Vm { slots: awake.memory(), state: vm.state.clone() };
+        let answer = received_from(PATIENCE, move |near| {
+            half.send(&near, true).expect_err("it goes on");
+        });
+        let error = answer.expect_err("most of it is not there").to_string();
+        assert!(error.contains("still on their way"), "{error}");
+    };
+    refused(&awake);
+    // Nobody fills another any more, and most of it never came.
+    let (ended, left) = scene.wake("vm", when_asked, bare());
+    let left = left.unwrap();
+    left.die();
+    ended.unwrap().finish();
+    refused(&left);
+
+    awake.verify(6);
+    awake.die();
+    server.finish();
+    let whole = Vm { slots: awake.memory(), state: vm.state.clone() };
+    scene.sleep(&whole, "again", Some("vm"));
+    scene.wake_eagerly("again").verify(6);
 }
 
 #[test]
