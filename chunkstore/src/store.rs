@@ -109,6 +109,20 @@ impl Store {
         store
     }
 
+    /// As [`Store::with_backend`], and nothing is asked before the first operation: for who must not wait.
+    pub fn with_backend_unasked(backend: Arc<dyn Backend>, options: StoreOptions) -> Self {
+        Self::unsettled(backend, options)
+    }
+
+    /// Whether the store knows the key in use, from its keyring, which is read if that was not done yet; without a key,
+    /// `true`. Until it is known nothing that was stored with it can be told apart from what was not.
+    ///
+    /// # Errors
+    /// The keyring cannot be read, or the key was taken out of use.
+    pub fn knows_key(&self) -> Result<bool> {
+        self.settle()
+    }
+
     fn unsettled(backend: Arc<dyn Backend>, options: StoreOptions) -> Self {
         // Different stores must not share an index; different domains do not, either.
         let place = blake3::hash(backend.url().as_bytes()).to_hex();

@@ -115,7 +115,9 @@ fn open(wanted: &KeptSnapshot, store: &Store) -> Result<Snapshot, Failure> {
     loop {
         match kept_snapshot::open(wanted, store) {
             Ok(snapshot) => return Ok(snapshot),
-            Err(OpenKeptError::Store(error @ StoreError::Unavailable { .. })) => {
+            Err(OpenKeptError::Store(
+                error @ (StoreError::Unavailable { .. } | StoreError::Denied { .. }),
+            )) => {
                 tracing::warn!(name = wanted.name, %error, "a kept VM waits for the store");
                 std::thread::sleep(STORE_INTERVAL);
             }

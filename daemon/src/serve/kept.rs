@@ -1,6 +1,13 @@
 //! VMs of an earlier daemon: taken up again where it left them.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    path::PathBuf,
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
 
 use dormouse_chunkstore::Resume;
 use dormouse_firecracker::{Session, SessionError, VmmProcess};
@@ -28,6 +35,8 @@ use crate::{
 
 /// Between two tries to serve a VM whose store is away.
 const TRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How long all first tries may take before the daemon is ready without them: far less than systemd waits for that.
+const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a killed VM may take to be gone.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -50,9 +59,12 @@ pub(super) fn notes(vm: &Vm, scratch: Option<&Scratch>) -> BTreeMap<String, Stri
     notes
 }
 
-/// Takes up all VMs that nobody serves. What cannot be served yet, for its store is away, is tried again in the
-/// background.
+/// Takes up all VMs that nobody serves, side by side. What cannot be served yet, for its store is away or slow, is tried
+/// again in the background.
 pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
+    if let Some(tracking) = noted() {
+        tracking.sweep();
+    }
     let Some(keeper) = &daemon.keeper else {
         scratch::clean(&daemon.directory, &[]);
         interrupted::look_after_others(daemon, &[]);
@@ -63,26 +75,39 @@ pub(super) fn take_up(daemon: &Arc<Daemon>) -> Result<(), Failure> {
     let in_use: Vec<PathBuf> = all.iter().filter_map(scratch_of).collect();
     let processes: Vec<_> =
         all.iter().map(|kept| VmmProcess::of_kept(kept).map_or(kept.record.pid, |p| p.peer().pid)).collect();
+    let (tried, first_tries) = mpsc::channel();
     for kept in all {
-        let (daemon, keeper) = (daemon.clone(), keeper.clone());
-        // Each on its own: one whose pages cannot be had holds up no other.
+        let (daemon, keeper, tried) = (daemon.clone(), keeper.clone(), tried.clone());
         let vm = enter(&daemon, &kept)?;
-        let first = try_once(&daemon, &vm, &kept, &keeper);
-        if let Tried::Later = first {
-            thread::Builder::new()
-                .name("dm-take-up".into())
-                .spawn(move || {
-                    let _inside = vm.span().entered();
-                    while let Tried::Later = try_once(&daemon, &vm, &kept, &keeper) {
-                        thread::sleep(TRY_INTERVAL);
+        // Each on its own: one whose pages cannot be had holds up no other.
+        thread::Builder::new()
+            .name("dm-take-up".into())
+            .spawn(move || {
+                let (mut tried, mut told) = (Some(tried), String::new());
+                while let Tried::Later(why) = try_once(&daemon, &vm, &kept, &keeper) {
+                    tried.take();
+                    if told != why {
+                        let _inside = vm.span().entered();
+                        tracing::warn!(%why, "a kept VM cannot be served yet; it waits");
+                        told = why;
                     }
-                })
-                .map_err(|e| thread_failure(&e))?;
-        }
+                    thread::sleep(TRY_INTERVAL);
+                }
+            })
+            .map_err(|e| thread_failure(&e))?;
     }
+    drop(tried);
+    wait_for_all(&first_tries, FIRST_PATIENCE);
     scratch::clean(&daemon.directory, &in_use);
     interrupted::look_after_others(daemon, &processes);
     Ok(())
+}
+
+/// Waits until all who hold the other end have let go of it, but no longer than `patience`.
+fn wait_for_all(held: &mpsc::Receiver<Infallible>, patience: Duration) {
+    if let Err(mpsc::RecvTimeoutError::Timeout) = held.recv_timeout(patience) {
+        tracing::warn!("kept VMs are still being taken up; requests are answered meanwhile");
+    }
 }
 
 fn enter(daemon: &Daemon, kept: &KeptVm) -> Result<Arc<Vm>, Failure> {
@@ -109,17 +134,14 @@ fn enter(daemon: &Daemon, kept: &KeptVm) -> Result<Arc<Vm>, Failure> {
 
 enum Tried {
     Done,
-    Later,
+    Later(String),
 }
 
 fn try_once(daemon: &Arc<Daemon>, vm: &Arc<Vm>, kept: &KeptVm, keeper: &Arc<dyn Keeper>) -> Tried {
     let _inside = vm.span().entered();
     match serve(daemon, vm, kept, keeper) {
         Ok(()) => Tried::Done,
-        Err(Trouble::Later(why)) => {
-            tracing::warn!(%why, "a kept VM cannot be served yet; it waits");
-            Tried::Later
-        }
+        Err(Trouble::Later(why)) => Tried::Later(why),
         Err(Trouble::Gone) => {
             wake::end(daemon, vm);
             Tried::Done
@@ -187,4 +209,26 @@ fn end_unwoken(vm: &Vm, session: Session) -> Failure {
         Err(error) => format!("it cannot be ended: {error}"),
     };
     Failure::new("vm", format!("the earlier daemon was ended while it woke this VM; {outcome}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each was tried in turn before anything was answered, longer than systemd waits.
+    #[test]
+    fn first_tries_are_waited_for_together_and_not_for_ever() {
+        let (tried, first_tries) = mpsc::channel();
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let tried = tried.clone();
+                thread::spawn(move || drop(tried))
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        // One hangs.
+        wait_for_all(&first_tries, Duration::ZERO);
+        drop(tried);
+        wait_for_all(&first_tries, Duration::MAX);
+    }
 }

@@ -134,13 +134,33 @@ impl Tracking {
 
     /// A process's file: numbers are used again, so its start and this boot belong to its name.
     pub(super) fn path(&self, process: &VmmProcess, kind: &str) -> Option<PathBuf> {
-        let pid = process.peer().pid;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The second field may hold anything, parentheses included; the start is the 22nd, 20th after it.
-        let start: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-        Some(self.directory.join(format!("firecracker-{pid}-{start}-{}.{kind}", boot.trim())))
+        Some(self.directory.join(format!("{}.{kind}", stem_of(process.peer().pid)?)))
     }
+
+    /// Deletes what is remembered of processes that have ended: nobody finds it again. What is noted of a standby is for
+    /// those who finish it.
+    pub fn sweep(&self) {
+        for file in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let name = file.file_name();
+            let Some((stem, kind)) = name.to_str().and_then(|name| name.rsplit_once('.')) else { continue };
+            let pid = stem.strip_prefix("firecracker-").and_then(|rest| rest.split('-').next()?.parse().ok());
+            if let (Some(pid), "json" | "session" | "new") = (pid, kind)
+                && stem_of(pid).as_deref() != Some(stem)
+                && let Err(error) = fs::remove_file(file.path())
+            {
+                tracing::debug!(%error, path = %file.path().display(), "what an ended VM left stays behind");
+            }
+        }
+    }
+}
+
+/// What the files of the process with this number are called; `None` if there is none.
+fn stem_of(pid: i32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field may hold anything, parentheses included; the start is the 22nd, 20th after it.
+    let start: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(format!("firecracker-{pid}-{start}-{}", boot.trim()))
 }
 
 /// A snapshot is hot in this process until this is dropped, or the process ends.
@@ -160,6 +180,38 @@ impl Drop for HotMark {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_ended_processes_left_is_swept_and_nothing_else() {
+        let directory = tempfile::tempdir().expect("directory");
+        std::fs::set_permissions(directory.path(), Permissions::from_mode(0o700)).expect("mode");
+        let tracking = Tracking::open(directory.path()).expect("open");
+        let alive = stem_of(std::process::id() as i32).expect("this process");
+        let (number, boot) = (std::process::id(), alive.rsplit_once('-').expect("a boot's id").0);
+        let stays = [
+            format!("{alive}.json"),
+            format!("{alive}.session"),
+            format!("{alive}.new"),
+            format!("firecracker-{number}-1-x.standby"),
+            "control.sock".to_owned(),
+            "other-7-1-x.json".to_owned(),
+            "firecracker.json".to_owned(),
+        ];
+        let goes = [
+            // Its number is another's now, or was in another life of the host, or is nobody's.
+            format!("firecracker-{number}-1-x.json"),
+            format!("{boot}-another-boot.session"),
+            format!("firecracker-{}-1-x.session", i32::MAX),
+            format!("firecracker-{}-1-x.new", i32::MAX),
+        ];
+        stays
+            .iter()
+            .chain(&goes)
+            .for_each(|name| fs::write(directory.path().join(name), b"").expect("write"));
+        tracking.sweep();
+        assert!(stays.iter().all(|name| directory.path().join(name).exists()));
+        assert!(goes.iter().all(|name| !directory.path().join(name).exists()));
+    }
 
     #[test]
     fn a_snapshot_is_hot_for_as_long_as_somebody_holds_it() {
