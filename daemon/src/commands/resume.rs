@@ -39,8 +39,9 @@ pub(crate) struct ResumeArgs {
     #[arg(value_parser = context::name)]
     pub(crate) name: Name,
 
-    /// Start this Firecracker; without it, use the one that listens at --api-socket and has no guest yet
-    #[arg(long, value_name = "BIN", required_unless_present = "api_socket")]
+    /// Start this Firecracker; without it, use the one that listens at --api-socket and has no guest yet, or else the one
+    /// that the daemon starts
+    #[arg(long, value_name = "BIN")]
     pub(crate) firecracker: Option<PathBuf>,
 
     /// Firecracker's API socket [default: in a temporary directory]
@@ -48,7 +49,7 @@ pub(crate) struct ResumeArgs {
     pub(crate) api_socket: Option<PathBuf>,
 
     /// Write Firecracker's standard output, and with it the guest's serial port, to this file
-    #[arg(long, value_name = "FILE", requires = "firecracker")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) console: Option<PathBuf>,
 
     /// Write what was served to this file as JSON once the VM has ended
@@ -77,6 +78,19 @@ pub(crate) struct ResumeArgs {
 }
 
 impl ResumeArgs {
+    /// Refuses what only a daemon can make up for, which has a Firecracker of its own to start.
+    fn check_here(&self) -> Result<(), Failure> {
+        match (&self.firecracker, &self.api_socket, &self.console) {
+            (None, None, _) => Err(Failure::usage(
+                "give --firecracker, a binary, or --api-socket, where one listens; no daemon is asked that has its own",
+            )),
+            (None, Some(_), Some(_)) => Err(Failure::usage(
+                "--console goes with --firecracker: one that runs already has its console",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// As the service has it.
     pub(crate) fn wake(&self) -> Wake {
         Wake {
@@ -97,6 +111,7 @@ pub(crate) fn run(args: ResumeArgs, context: &Context) -> Result<Status, Failure
     if let Some(client) = client {
         return client::resume::run(&args, context, &client);
     }
+    args.check_here()?;
     let vm = traces::vm(args.name.as_str()).entered();
     let keeper = resume_kept::keeper(&args)?;
     let kept = keeper.as_ref().map(|keeper| resume_kept::vm(&args, keeper, context)).transpose()?;

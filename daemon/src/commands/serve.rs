@@ -2,6 +2,7 @@
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
@@ -40,6 +41,10 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     no_keep: bool,
 
+    /// Answer `GET /metrics`, and nothing else, at this address, such as 127.0.0.1:9464; whoever reaches it may ask
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
+
     /// How to write the log, on standard error
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
     pub(crate) log_format: LogFormat,
@@ -62,6 +67,8 @@ pub(crate) enum LogFormat {
 struct Document<'a> {
     control: &'a Path,
     pid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<SocketAddr>,
 }
 
 pub(crate) fn run(args: ServeArgs, context: &Context) -> Result<Status, Failure> {
@@ -81,6 +88,7 @@ pub(crate) fn run(args: ServeArgs, context: &Context) -> Result<Status, Failure>
     };
     let settings = Settings {
         control: control.clone(),
+        metrics: args.metrics,
         directory: context::runtime_dir().join(format!("vms-{}", short_hash(&control))),
         store_url: context.store_url()?,
         store_options: context.store_options()?,
@@ -92,9 +100,9 @@ pub(crate) fn run(args: ServeArgs, context: &Context) -> Result<Status, Failure>
         on_stop,
         keeper,
     };
-    let document = Document { control: &control, pid: std::process::id() };
     let mut told = Ok(());
-    serve::serve(settings, || {
+    serve::serve(settings, |metrics| {
+        let document = Document { control: &control, pid: std::process::id(), metrics };
         told = context.print(&document, |out| writeln!(out, "serving at {}", control.display()));
     })?;
     told.map(|()| Status::Done)

@@ -1,10 +1,11 @@
-//! Request bodies: bounded in bytes and time.
+//! What a request names and carries: bodies are bounded in bytes and time.
 
 use std::time::Duration;
 
 use axum::{
-    body::{self, Body},
-    extract::{FromRequest, Request},
+    body::{self, Body, HttpBody as _},
+    extract::{FromRequest, FromRequestParts, Path, Request},
+    http::request::Parts,
 };
 use serde::de::DeserializeOwned;
 
@@ -36,11 +37,32 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     }
 }
 
+/// A segment of the path: the name of something.
+pub(super) struct Named(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(name)) => Ok(Named(name)),
+            Err(why) => {
+                Err(Failure::new("bad_request", format!("the path names nothing: {}", why.body_text())))
+            }
+        }
+    }
+}
+
 async fn read(body: Body) -> Result<body::Bytes, Failure> {
+    let too_large = || Failure::new("too_large", format!("the body is over {BODY_BYTES_MAX} bytes"));
+    // As announced: there is no need to wait for it.
+    if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
+        return Err(too_large());
+    }
     body::to_bytes(body, BODY_BYTES_MAX).await.map_err(|error| {
         let source = std::error::Error::source(&error);
         if source.is_some_and(|s| s.is::<http_body_util::LengthLimitError>()) {
-            Failure::new("too_large", format!("the body is over {BODY_BYTES_MAX} bytes"))
+            too_large()
         } else {
             Failure::new("bad_request", format!("the body was cut short: {error}"))
         }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `api` | what is asked and answered: the types of docs/openapi.json |
 //! | `routes`, `body`, `answer`, `codes` | from a request to an answer, or an error by name |
-//! | `socket` | the control socket: who may connect, and how long they may take |
+//! | `socket` | the control socket, and the address of counts: who may connect, and how long they may take |
 //! | `state`, `vm` | what the daemon knows, and the one thing that may be under way with a VM |
 //! | `wake`, `operations`, `listener` | what can be done |
 //! | `kept`, `interrupted`, `scratch` | VMs of an earlier daemon, and what it left behind |
@@ -36,7 +36,7 @@ mod totals;
 mod vm;
 mod wake;
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ValueEnum;
 use dormouse_chunkstore::{Store, StoreOptions, backend::open_url};
@@ -45,7 +45,7 @@ use dormouse_keeper::Keeper;
 use self::{
     counted::{Counted, StoreMetrics},
     metrics::Metrics,
-    socket::Control,
+    socket::{Control, Counts},
     state::Daemon,
 };
 use crate::failure::Failure;
@@ -78,6 +78,8 @@ impl fmt::Display for OnStop {
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) control: PathBuf,
+    /// Where what is counted is read.
+    pub(crate) metrics: Option<SocketAddr>,
     /// Where VMs' sockets are made; closed to other users.
     pub(crate) directory: PathBuf,
     pub(crate) store_url: String,
@@ -89,7 +91,7 @@ pub(crate) struct Settings {
 }
 
 /// Serves until asked to end, and then does what the settings say with the VMs there are.
-pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Failure> {
+pub(crate) fn serve(settings: Settings, ready: impl FnOnce(Option<SocketAddr>)) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime
         .map_err(|e| Failure::new("threads", format!("no thread could be started: {e}; raise the limit")))?;
@@ -97,10 +99,14 @@ pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Fail
         let store_metrics = StoreMetrics::default();
         let key_id = settings.store_options.key.as_ref().map(|key| key.id().to_string());
         let backend = Counted { inner: open_url(&settings.store_url)?, metrics: store_metrics.clone() };
-        // A store that is away now may be back when it is needed.
-        let store = Store::with_backend(Arc::new(backend), settings.store_options);
+        // A store that is away now may be back when it is needed; nobody waits for it here.
+        let store = Store::with_backend_unasked(Arc::new(backend), settings.store_options);
         let metrics = Metrics::new(&store_metrics);
         let control = Control::bind(&settings.control)?;
+        let counts = match settings.metrics {
+            Some(address) => Some(Counts::bind(address).await?),
+            None => None,
+        };
         let daemon = Arc::new(Daemon::new(
             store,
             key_id,
@@ -116,9 +122,13 @@ pub(crate) fn serve(settings: Settings, ready: impl FnOnce()) -> Result<(), Fail
         taken_up.map_err(|e| Failure::new("bug", e.to_string()))??;
         let stopped = stop::on_signal()?;
         let (end, ended) = tokio::sync::watch::channel(false);
-        let answering = tokio::spawn(control.answer(routes::router(daemon.clone()), ended));
+        let counted_at = counts.as_ref().map(|(_, address)| *address);
+        if let Some((counts, _)) = counts {
+            tokio::spawn(socket::answer(counts, routes::counts(daemon.clone()), ended.clone()));
+        }
+        let answering = tokio::spawn(socket::answer(control, routes::router(daemon.clone()), ended));
         let watchdog = notify::watchdog();
-        ready();
+        ready(counted_at);
         notify::ready();
         tracing::info!(control = %settings.control.display(), store = daemon.store.url(), "serving");
         // The sender lives as long as the signals' task.

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    extract::{Path, Query, State as Shared},
+    extract::{Query, State as Shared},
     http::{StatusCode, header},
     response::{IntoResponse as _, Response},
     routing::{MethodRouter, get, post},
@@ -15,7 +15,7 @@ use serde::Deserialize;
 use super::{
     answer::{Answer, json, ok},
     api::{ListenRequest, ListenerList, Nothing, StandbyRequest, StopRequest, VmList, WakeRequest},
-    body::Json,
+    body::{Json, Named},
     listener, operations,
     state::Daemon,
     wake,
@@ -66,6 +66,14 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .with_state(daemon)
 }
 
+/// What is counted, and nothing else.
+pub(super) fn counts(daemon: Arc<Daemon>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .fallback(async || Failure::new("no_such_route", "only /metrics is here; ask at the control socket"))
+        .with_state(daemon)
+}
+
 async fn health(Shared(daemon): Daemons) -> Answer {
     ok(&daemon.health())
 }
@@ -102,7 +110,7 @@ struct Wait {
 
 async fn show_vm(
     Shared(daemon): Daemons,
-    Path(id): Path<String>,
+    Named(id): Named,
     wait: Result<Query<Wait>, axum::extract::rejection::QueryRejection>,
 ) -> Answer {
     let Query(wait) = wait.map_err(|e| Failure::new("bad_request", e.body_text()))?;
@@ -115,7 +123,7 @@ async fn show_vm(
 
 async fn standby_vm(
     Shared(daemon): Daemons,
-    Path(id): Path<String>,
+    Named(id): Named,
     Json(request): Json<StandbyRequest>,
 ) -> Answer {
     let vm = daemon.vm(&id)?;
@@ -126,15 +134,11 @@ async fn standby_any(Shared(daemon): Daemons, Json(request): Json<StandbyRequest
     ok(&operations::standby_at(&daemon, request).await?)
 }
 
-async fn stop_vm(
-    Shared(daemon): Daemons,
-    Path(id): Path<String>,
-    Json(request): Json<StopRequest>,
-) -> Answer {
+async fn stop_vm(Shared(daemon): Daemons, Named(id): Named, Json(request): Json<StopRequest>) -> Answer {
     ok(&operations::stop(&daemon.vm(&id)?, request).await?)
 }
 
-async fn detach_vm(Shared(daemon): Daemons, Path(id): Path<String>, _: Json<Nothing>) -> Answer {
+async fn detach_vm(Shared(daemon): Daemons, Named(id): Named, _: Json<Nothing>) -> Answer {
     let vm = daemon.vm(&id)?;
     ok(&operations::detach(&vm).await?)
 }
@@ -148,11 +152,11 @@ async fn listen(Shared(daemon): Daemons, Json(request): Json<ListenRequest>) -> 
     json(created(new), &listener)
 }
 
-async fn show_listener(Shared(daemon): Daemons, Path(id): Path<String>) -> Answer {
+async fn show_listener(Shared(daemon): Daemons, Named(id): Named) -> Answer {
     ok(&daemon.listener(&id)?.document())
 }
 
-async fn end_listener(Shared(daemon): Daemons, Path(id): Path<String>) -> Answer {
+async fn end_listener(Shared(daemon): Daemons, Named(id): Named) -> Answer {
     let listener = daemon.listener(&id)?;
     listener.stop();
     daemon.remove_listener(&id);
@@ -163,7 +167,7 @@ async fn list_snapshots(Shared(daemon): Daemons) -> Answer {
     ok(&blocking(move || ls::Document::of(&daemon.store)).await?)
 }
 
-async fn show_snapshot(Shared(daemon): Daemons, Path(name): Path<String>) -> Answer {
+async fn show_snapshot(Shared(daemon): Daemons, Named(name): Named) -> Answer {
     let name = Name::new(&name).map_err(|e| Failure::usage(e.to_string()))?;
     let document = blocking(move || show::Document::of(&daemon.store.open_snapshot(&name)?));
     ok(&document.await?)
@@ -203,6 +207,22 @@ mod tests {
             .flat_map(|(path, methods, _)| methods.iter().map(|m| (path.to_owned(), (*m).to_owned())))
             .collect();
         assert_eq!(described, served);
+    }
+
+    /// Generators take an integer without one for 32 bits, and all counts and times for errors.
+    #[test]
+    fn every_integer_is_described_as_one_of_64_bits() {
+        fn check(at: &Value) {
+            let is_integer = match &at["type"] {
+                Value::String(kind) => kind == "integer",
+                Value::Array(kinds) => kinds.contains(&"integer".into()),
+                _ => false,
+            };
+            assert!(!is_integer || at["format"] == "int64", "{at}");
+            at.as_object().into_iter().flat_map(|o| o.values()).for_each(check);
+            at.as_array().into_iter().flatten().for_each(check);
+        }
+        check(&serde_json::from_str(OPENAPI).unwrap());
     }
 
     #[test]

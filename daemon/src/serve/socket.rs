@@ -1,6 +1,6 @@
-//! The control socket: who may connect, and how long they may take.
+//! The control socket, and the address where counts are read: who may connect, and how long they may take.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use axum::Router;
 use dormouse_firecracker::HandshakeListener;
@@ -10,7 +10,8 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    net::{UnixListener, UnixStream},
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{Semaphore, watch},
     task::JoinSet,
 };
@@ -43,42 +44,97 @@ impl Control {
         let listener = UnixListener::from_std(socket).map_err(failed)?;
         Ok(Control { listener, _file: file })
     }
+}
 
-    /// Answers requests until `end` says so; those that are being answered then are answered to their end.
-    pub(super) async fn answer(self, router: Router, end: watch::Receiver<bool>) {
-        let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let mut connections = JoinSet::new();
-        loop {
-            while connections.try_join_next().is_some() {}
-            let stream = tokio::select! {
-                () = is_over(end.clone()) => break,
-                accepted = self.listener.accept() => match accepted {
-                    Ok((stream, _)) => stream,
-                    Err(error) => {
-                        tracing::warn!(%error, "a connection could not be taken");
-                        tokio::time::sleep(BREATH).await;
-                        continue;
-                    }
-                },
-            };
-            if let Err(why) = may_ask(&stream) {
-                tracing::warn!(%why, "a peer was sent away");
-                continue;
-            }
-            let slot = tokio::select! {
-                () = is_over(end.clone()) => break,
-                // The semaphore is never closed.
-                slot = slots.clone().acquire_owned() => slot,
-            };
-            let (router, end) = (router.clone(), end.clone());
-            connections.spawn(async move {
-                let _slot = slot;
-                converse(stream, router, end).await;
-            });
-        }
-        drop(self);
-        connections.join_all().await;
+/// Where peers connect.
+pub(super) trait Peers: Send + Sync {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection.
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+
+    /// Why its peer is sent away.
+    fn refusal(&self, stream: &Self::Stream) -> Option<String>;
+}
+
+impl Peers for Control {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        self.listener.accept().await.map(|(stream, _)| stream)
     }
+
+    fn refusal(&self, stream: &UnixStream) -> Option<String> {
+        may_ask(stream).err()
+    }
+}
+
+/// An address where anybody who reaches it may read what is counted.
+#[derive(Debug)]
+pub(super) struct Counts(TcpListener);
+
+impl Counts {
+    /// Listens at `address`; where that is.
+    pub(super) async fn bind(address: SocketAddr) -> Result<(Self, SocketAddr), Failure> {
+        let failed = |error: io::Error| {
+            Failure::new(
+                "socket",
+                format!("cannot listen at {address}: {error}; choose another with --metrics"),
+            )
+        };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let at = listener.local_addr().map_err(failed)?;
+        Ok((Counts(listener), at))
+    }
+}
+
+impl Peers for Counts {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        self.0.accept().await.map(|(stream, _)| stream)
+    }
+
+    fn refusal(&self, _: &TcpStream) -> Option<String> {
+        None
+    }
+}
+
+/// Answers requests until `end` says so; those that are being answered then are answered to their end.
+pub(super) async fn answer(peers: impl Peers, router: Router, end: watch::Receiver<bool>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let stream = tokio::select! {
+            () = is_over(end.clone()) => break,
+            accepted = peers.next() => match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be taken");
+                    tokio::time::sleep(BREATH).await;
+                    continue;
+                }
+            },
+        };
+        if let Some(why) = peers.refusal(&stream) {
+            tracing::warn!(%why, "a peer was sent away");
+            continue;
+        }
+        let slot = tokio::select! {
+            () = is_over(end.clone()) => break,
+            // The semaphore is never closed.
+            slot = slots.clone().acquire_owned() => slot,
+        };
+        let (router, end) = (router.clone(), end.clone());
+        connections.spawn(async move {
+            let _slot = slot;
+            converse(stream, router, end).await;
+        });
+    }
+    drop(peers);
+    connections.join_all().await;
 }
 
 /// Returns when `end` says so, or when nobody is left to say it.
@@ -97,7 +153,11 @@ fn may_ask(stream: &UnixStream) -> Result<(), String> {
     }
 }
 
-async fn converse(stream: UnixStream, router: Router, end: watch::Receiver<bool>) {
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    end: watch::Receiver<bool>,
+) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_PATIENCE)

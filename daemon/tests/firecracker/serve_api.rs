@@ -1,6 +1,7 @@
 //! The control socket without VMs: descriptions, refusals, and clients that mean harm.
 
 use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::Command;
@@ -73,6 +74,10 @@ fn what_is_asked_wrongly_is_refused_by_name() {
     for path in ["/v1/vms/nobody", "/v1/listeners/nobody", "/v1/snapshots/nobody"] {
         assert_eq!(daemon.refused("GET", path, &json!({})).0, 404, "{path}");
     }
+    for path in ["/v1/vms/%ff", "/v1/listeners/%ff", "/v1/snapshots/%ff"] {
+        let refused = daemon.refused("GET", path, &json!({}));
+        assert_eq!(refused, (400, "bad_request".to_owned()), "{path}");
+    }
     let vms = daemon.get("/v1/vms");
     let failed = vms["vms"].as_array().unwrap();
     assert!(failed.iter().all(|vm| vm["state"] == "failed"), "{vms}");
@@ -117,6 +122,11 @@ fn clients_that_mean_harm_disturb_nobody_else() {
         ]
         .concat(),
     );
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!((status, &body["error"]["code"]), (413, &json!("too_large")));
+    // One that is announced, and does not come: nobody waits for it.
+    let announced = b"POST /v1/vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 70000\r\n\r\n";
+    let (status, _, body) = daemon.raw(announced);
     let body: Value = serde_json::from_slice(&body).unwrap();
     assert_eq!((status, &body["error"]["code"]), (413, &json!("too_large")));
     let head = format!("GET /v1/health HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "a".repeat(1 << 20));
@@ -181,6 +191,29 @@ fn a_second_daemon_does_not_take_the_socket_and_a_stale_one_is_replaced() {
     assert_eq!(daemon.get("/v1/health")["status"], "ok");
 }
 
+/// Whoever may ask at the control socket may have any binary started, as the daemon's user.
+#[test]
+fn counts_are_read_at_an_address_that_does_nothing_else() {
+    let scene = Scene::bare();
+    let daemon = Served::start(&scene, &["--metrics", "127.0.0.1:0"]);
+    let said: Value = serde_json::from_slice(&std::fs::read(scene.path("serve.out")).unwrap()).unwrap();
+    let ask = |method: &str, path: &str| {
+        let mut stream = TcpStream::connect(said["metrics"].as_str().unwrap()).unwrap();
+        stream.write_all(&request(method, path, None)).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let counted = ask("GET", "/metrics");
+    assert!(counted.starts_with("HTTP/1.1 200") && counted.contains("dormouse_vms"), "{counted}");
+    for (method, path) in [("POST", "/v1/vms"), ("GET", "/v1/health"), ("POST", "/v1/vms/x/stop")] {
+        let refused = ask(method, path);
+        assert!(refused.starts_with("HTTP/1.1 404") && refused.contains("no_such_route"), "{refused}");
+    }
+    assert!(ask("POST", "/metrics").starts_with("HTTP/1.1 405"));
+    assert_eq!(daemon.get("/v1/health")["status"], "ok");
+}
+
 #[test]
 fn systemd_is_told_of_the_beginning_the_end_and_all_the_time_between() {
     let scene = Scene::bare();
@@ -203,6 +236,15 @@ fn systemd_is_told_of_the_beginning_the_end_and_all_the_time_between() {
     hear("STOPPING=1");
     assert!(daemon.process.end().status.success());
     assert!(UnixStream::connect(scene.path("run/dormouse/control.sock")).is_err());
+}
+
+/// Each of these closes all devices, on some versions of systemd with what VMs need among them.
+#[test]
+fn the_unit_leaves_vms_their_devices() {
+    let text = include_str!("../../systemd/dormouse.service");
+    for closing in ["ProtectClock=", "PrivateDevices=", "DevicePolicy=", "DeviceAllow="] {
+        assert!(!text.lines().any(|line| line.starts_with(closing)), "{closing}");
+    }
 }
 
 #[test]

@@ -11,8 +11,9 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{AtFlags, CWD, Mode, Uid};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// Peers that may wait to be accepted.
-const BACKLOG: i32 = 8;
+/// Peers that may wait to be accepted, as far as the kernel allows (`net.core.somaxconn`): more than anybody answers at a
+/// time, as one that finds no room is refused (`EAGAIN`) rather than kept waiting.
+const BACKLOG: i32 = 1024;
 
 /// A listening Unix socket with mode 0600. Dropping it removes its file, if that is still the one it made.
 #[derive(Debug)]
@@ -181,5 +182,29 @@ pub fn remove_stale_socket(path: &Path) -> Result<(), ListenError> {
         // Accepted, or refused for a reason that only a listener has.
         Ok(_) => Err(ListenError::InUse(path.to_owned())),
         Err(error) => Err(io("probe")(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that finds no room is refused, and beyond eight there was none.
+    #[test]
+    fn as_many_may_wait_as_are_answered_at_a_time() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("socket");
+        let _listener = HandshakeListener::bind(&path).expect("listening");
+        let address = SocketAddrUnix::new(&path).expect("short");
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let peers: Vec<_> = (0..300)
+            .map(|n| {
+                let peer = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+                    .expect("a socket");
+                rustix::net::connect(&peer, &address).unwrap_or_else(|e| panic!("peer {n}: {e}"));
+                peer
+            })
+            .collect();
+        assert_eq!(peers.len(), 300);
     }
 }
