@@ -30,7 +30,7 @@ impl Disk {
             Err(e) => e.to_string(),
         };
         assert!(std::env::var("DORMOUSE_REQUIRE_MOUNT").as_deref() != Ok("1"), "no disk to fill: {why}");
-        eprintln!("SKIPPED: a test on a disk of its own, since none can be mounted here: {why}");
+        dormouse_testkit::skipped!("a test on a disk of its own, since none can be mounted here: {why}");
         None
     }
 

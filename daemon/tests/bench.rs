@@ -7,7 +7,7 @@ use std::process::Command;
 fn a_row_is_measured_and_explained() {
     let may = std::path::Path::new("/dev/userfaultfd");
     if std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none() && std::fs::File::open(may).is_err() {
-        eprintln!("SKIPPED: /dev/userfaultfd may not be opened, and measuring needs it");
+        dormouse_testkit::skipped!("/dev/userfaultfd may not be opened, and measuring needs it");
         return;
     }
     let run = |json: &[&str]| {

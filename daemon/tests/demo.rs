@@ -23,7 +23,7 @@ fn have_kvm() -> bool {
         "DORMOUSE_REQUIRE_KVM=1, but /dev/kvm: {kvm:?}"
     );
     if let Err(why) = &kvm {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened: {why}");
+        dormouse_testkit::skipped!("/dev/kvm cannot be opened: {why}");
     }
     kvm.is_ok()
 }
@@ -49,7 +49,7 @@ fn document(ran: &Output) -> Option<Value> {
         assert!(!required("DORMOUSE_REQUIRE_UFFD"), "DORMOUSE_REQUIRE_UFFD=1, but {stderr}");
         assert_eq!(ran.status.code(), Some(1));
         assert!(stderr.contains("vm.unprivileged_userfaultfd=1"), "says how to permit it: {stderr}");
-        eprintln!("SKIPPED: {stderr}");
+        dormouse_testkit::skipped!("{stderr}");
         return None;
     }
     assert!(ran.status.success(), "{stderr}");

@@ -55,7 +55,7 @@ fn userfaultfd() -> Option<OwnedFd> {
         Ok(fd) => Some(fd),
         Err(error) => {
             assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {error}");
-            eprintln!("SKIPPED: {error}");
+            dormouse_testkit::skipped!("{error}");
             None
         }
     }

@@ -88,7 +88,7 @@ fn moves(counters: &dormouse_restore::CountersSnapshot) -> bool {
     } else {
         return true;
     };
-    eprintln!("SKIPPED: {lacks}: nothing is moved");
+    dormouse_testkit::skipped!("{lacks}: nothing is moved");
     false
 }
 
@@ -178,7 +178,7 @@ impl Installer for Hesitant {
 /// A machine of which `meanwhile` happens while its first block is being moved.
 fn while_moving(meanwhile: impl FnOnce(&Mapping) + Send) -> Option<Bed> {
     if !Staging::may_be_one_page() {
-        eprintln!("SKIPPED: no transparent huge pages for those who ask: nothing is moved");
+        dormouse_testkit::skipped!("no transparent huge pages for those who ask: nothing is moved");
         return None;
     }
     let (begin, begun) = channel();

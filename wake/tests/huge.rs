@@ -45,7 +45,10 @@ fn reserve(pages: u64) -> Option<Reserved> {
     let _ = std::fs::write(NR, (before + pages.saturating_sub(free)).to_string());
     let reserved = Reserved(before, pool);
     if number(FREE) < pages {
-        eprintln!("SKIPPED: {pages} huge pages needed, {} free; as root: echo {pages} > {NR}", number(FREE));
+        dormouse_testkit::skipped!(
+            "{pages} huge pages needed, {} free; as root: echo {pages} > {NR}",
+            number(FREE)
+        );
         return None;
     }
     Some(reserved)

@@ -91,7 +91,7 @@ impl Server {
     fn skip(cloud: &Cloud, why: &str) -> Option<Self> {
         let (name, required) = (cloud.name, std::env::var(cloud.require));
         assert!(required.as_deref() != Ok("1"), "no {name} server: {why}");
-        eprintln!("SKIPPED: a test against a server of {name}, since there is none here: {why}");
+        dormouse_testkit::skipped!("a test against a server of {name}, since there is none here: {why}");
         None
     }
 

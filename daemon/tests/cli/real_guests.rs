@@ -10,7 +10,7 @@ use crate::home::Home;
 #[test]
 fn real_memories_and_disks_come_back_byte_identical_as_a_chain_of_children() {
     let Some(dir) = std::env::var_os("DORMOUSE_VMSET").map(PathBuf::from) else {
-        eprintln!("SKIPPED: DORMOUSE_VMSET does not name a directory of *.mem and *.disk files");
+        dormouse_testkit::skipped!("DORMOUSE_VMSET does not name a directory of *.mem and *.disk files");
         return;
     };
     let with_extension = |extension: &str| {

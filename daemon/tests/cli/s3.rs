@@ -22,8 +22,8 @@ impl Server {
         let Some(program) = std::env::var_os("DORMOUSE_MOTO") else {
             let required = std::env::var("DORMOUSE_REQUIRE_S3").is_ok_and(|v| v == "1");
             assert!(!required, "DORMOUSE_REQUIRE_S3 is set, but DORMOUSE_MOTO names no server");
-            eprintln!(
-                "SKIPPED: DORMOUSE_MOTO does not name a moto_server; scripts/fetch-test-parts fetches one"
+            dormouse_testkit::skipped!(
+                "DORMOUSE_MOTO does not name a moto_server; scripts/fetch-test-parts fetches one"
             );
             return None;
         };

@@ -18,7 +18,7 @@ fn asleep() -> Option<Bed> {
     let required = std::env::var_os("DORMOUSE_REQUIRE_CLOUD_HYPERVISOR").is_some_and(|v| v == "1");
     let Some(binaries) = Binaries::of_environment() else {
         assert!(!required, "Cloud Hypervisor is required, but DORMOUSE_CLOUD_HYPERVISOR is not set");
-        eprintln!("SKIPPED: DORMOUSE_CLOUD_HYPERVISOR does not name a Cloud Hypervisor binary");
+        dormouse_testkit::skipped!("DORMOUSE_CLOUD_HYPERVISOR does not name a Cloud Hypervisor binary");
         return None;
     };
     let scene = scene()?;
@@ -29,7 +29,9 @@ fn asleep() -> Option<Bed> {
     let log = std::fs::read_to_string(bed.scene.path("boot.log")).unwrap();
     if !output.status.success() && log.contains("GetNestedState") {
         assert!(!required, "Cloud Hypervisor is required, but KVM here has no nested state for it to save");
-        eprintln!("SKIPPED: KVM here has no nested state, without which this Cloud Hypervisor saves no VM");
+        dormouse_testkit::skipped!(
+            "KVM here has no nested state, without which this Cloud Hypervisor saves no VM"
+        );
         return None;
     }
     assert!(output.status.success(), "{output:?}");

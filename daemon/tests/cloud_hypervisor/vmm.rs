@@ -33,7 +33,7 @@ pub(crate) fn scene() -> Option<Scene> {
     let required = std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_some_and(|v| v == "1");
     if let Err(why) = super::sys::Guard::new() {
         assert!(!required, "DORMOUSE_REQUIRE_UFFD=1, but: {why}");
-        eprintln!("SKIPPED: no userfaultfd: {why}");
+        dormouse_testkit::skipped!("no userfaultfd: {why}");
         return None;
     }
     Some(Scene { directory: tempfile::tempdir().unwrap() })

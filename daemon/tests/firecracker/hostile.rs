@@ -38,7 +38,7 @@ impl Guarded {
             Ok(uffd) => uffd,
             Err(error @ (UffdError::NotPermitted(_) | UffdError::Missing(_))) => {
                 assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {error}");
-                eprintln!("SKIPPED: {error}");
+                dormouse_testkit::skipped!("{error}");
                 return None;
             }
             Err(error) => panic!("{error}"),

@@ -30,8 +30,8 @@ fn reserve() -> Option<Reserved> {
     let _ = std::fs::write(NR, (before + wanted.saturating_sub(free)).to_string());
     let reserved = Reserved(before, pool);
     if number(FREE) < wanted {
-        eprintln!(
-            "SKIPPED: {wanted} huge pages needed, {} free; as root: echo {wanted} > {NR}",
+        dormouse_testkit::skipped!(
+            "{wanted} huge pages needed, {} free; as root: echo {wanted} > {NR}",
             number(FREE)
         );
         return None;

@@ -24,7 +24,7 @@ fn jail_scene() -> Option<(Scene, PathBuf)> {
     match jailer {
         Some(jailer) if rustix::process::geteuid().is_root() => Some((scene, jailer)),
         _ => {
-            eprintln!("SKIPPED: the jailer takes root, and DORMOUSE_JAILER to name it");
+            dormouse_testkit::skipped!("the jailer takes root, and DORMOUSE_JAILER to name it");
             None
         }
     }

@@ -25,7 +25,7 @@ pub(crate) fn scene() -> Option<Scene> {
     let required = std::env::var_os("DORMOUSE_REQUIRE_FIRECRACKER").is_some_and(|v| v == "1");
     assert!(binary.is_some() || !required, "Firecracker is required, but DORMOUSE_FIRECRACKER is not set");
     let Some(binary) = binary else {
-        eprintln!("SKIPPED: DORMOUSE_FIRECRACKER does not name a Firecracker binary");
+        dormouse_testkit::skipped!("DORMOUSE_FIRECRACKER does not name a Firecracker binary");
         return None;
     };
     Some(Scene { binary, directory: tempfile::tempdir().unwrap() })

@@ -166,7 +166,7 @@ fn only_the_daemons_user_may_ask() {
         .ok()
         .filter(|_| rustix::process::geteuid().is_root());
     let Some(nobody) = nobody else {
-        return eprintln!("SKIPPED: asking as another user takes root, setpriv and perl");
+        return dormouse_testkit::skipped!("asking as another user takes root, setpriv and perl");
     };
     let said =
         String::from_utf8_lossy(&nobody.stdout).into_owned() + &String::from_utf8_lossy(&nobody.stderr);
@@ -257,7 +257,7 @@ fn the_unit_is_one_that_systemd_understands() {
     let copy = scene.path("dormouse.service");
     std::fs::write(&copy, text.replace("/usr/bin/dormouse", binary)).unwrap();
     let Ok(output) = Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&copy).output() else {
-        return eprintln!("SKIPPED: there is no systemd-analyze");
+        return dormouse_testkit::skipped!("there is no systemd-analyze");
     };
     let said = String::from_utf8_lossy(&output.stderr);
     let ours = said.lines().filter(|line| line.contains("dormouse.service"));

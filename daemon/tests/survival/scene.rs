@@ -57,7 +57,7 @@ pub(crate) fn scene() -> Option<Scene> {
         Ok(_) => {}
         Err(why @ (UffdError::NotPermitted(_) | UffdError::Missing(_))) => {
             assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {why}");
-            eprintln!("SKIPPED: {why}");
+            dormouse_testkit::skipped!("{why}");
             return None;
         }
         Err(why) => panic!("{why}"),

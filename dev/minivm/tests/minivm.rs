@@ -16,7 +16,7 @@ fn have_kvm() -> bool {
     let required = std::env::var_os("DORMOUSE_REQUIRE_KVM").is_some_and(|v| v == "1");
     assert!(there || !required, "DORMOUSE_REQUIRE_KVM=1, but /dev/kvm cannot be opened");
     if !there {
-        eprintln!("SKIPPED: /dev/kvm cannot be opened");
+        dormouse_testkit::skipped!("/dev/kvm cannot be opened");
     }
     there
 }

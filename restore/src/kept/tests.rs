@@ -31,7 +31,7 @@ fn a_removal_that_was_read_and_not_recorded_is_found() {
         Ok(uffd) => uffd,
         Err(why) => {
             assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {why}");
-            return eprintln!("SKIPPED: {why}");
+            return dormouse_testkit::skipped!("{why}");
         }
     };
     let mapping = Arc::new(Mapping::new(PAGES, PageSize::Small).expect("memory"));

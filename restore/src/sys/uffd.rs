@@ -350,7 +350,7 @@ mod tests {
         };
         let (Ok(without), Ok(with)) = (make(FeatureFlags::empty()), make(FeatureFlags::EVENT_FORK)) else {
             assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped");
-            return eprintln!("SKIPPED: a userfaultfd that reports forks takes privilege");
+            return dormouse_testkit::skipped!("a userfaultfd that reports forks takes privilege");
         };
         assert!(!Uffd::adopt(without).expect("adopted").may_report_forks());
         assert!(Uffd::adopt(with).expect("adopted").may_report_forks());

@@ -163,7 +163,7 @@ pub fn uffd_or_skip() -> Option<Uffd> {
 /// Says loudly that a test is skipped, or fails it where skipping is not allowed.
 pub fn skip<T>(why: &str) -> Option<T> {
     assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {why}");
-    eprintln!("SKIPPED: {why}");
+    dormouse_testkit::skipped!("{why}");
     None
 }
 

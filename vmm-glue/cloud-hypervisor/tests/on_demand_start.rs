@@ -44,7 +44,7 @@ fn where_one_image_cannot_be_served_those_before_it_are_not_either() {
         Err(OnDemandError::Plan(_)) => {}
         Err(OnDemandError::Uffd(why)) => {
             assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {why}");
-            return eprintln!("SKIPPED: {why}");
+            return dormouse_testkit::skipped!("{why}");
         }
         other => panic!("the second image is too short: {other:?}"),
     }

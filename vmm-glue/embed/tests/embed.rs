@@ -169,7 +169,7 @@ fn whole_blocks_are_moved(host: Host) {
             thp.contains("[never]") || thp.is_empty() || counters.move_ioctls == 1,
             "nothing was moved: {counters:?}"
         );
-        eprintln!("SKIPPED: this kernel does not move blocks");
+        dormouse_testkit::skipped!("this kernel does not move blocks");
         return;
     }
     // The pattern begins on a boundary of 2 MiB, and ends on one in each region.

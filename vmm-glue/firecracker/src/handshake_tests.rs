@@ -43,7 +43,7 @@ fn uffd() -> Option<OwnedFd> {
         Err(error) => {
             let required = std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_some_and(|v| v == "1");
             assert!(!required, "DORMOUSE_REQUIRE_UFFD=1, but userfaultfd is refused: {error}");
-            eprintln!("SKIPPED: userfaultfd is refused: {error}");
+            dormouse_testkit::skipped!("userfaultfd is refused: {error}");
             None
         }
     }
@@ -197,7 +197,7 @@ fn a_process_of_another_user() {
     let path = directory.path().join("uffd.sock");
     let listener = match HandshakeListener::bind_for(&path, 12345) {
         Ok(listener) => listener,
-        Err(error) => return eprintln!("SKIPPED: giving away a socket takes privilege: {error}"),
+        Err(error) => return dormouse_testkit::skipped!("giving away a socket takes privilege: {error}"),
     };
     let _peer = UnixStream::connect(&path).expect("connect");
     let error = accept_handshake(&listener, PATIENCE).expect_err("wrong user");

@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn written_pages_are_found_between_holes() {
         if !holes_are_exact() {
-            eprintln!("SKIPPED: files in memory have no exact holes here");
+            dormouse_testkit::skipped!("files in memory have no exact holes here");
             return;
         }
         let file = MemFile::new("dormouse-test").expect("file");

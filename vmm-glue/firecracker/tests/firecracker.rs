@@ -23,7 +23,7 @@ fn binary() -> Option<PathBuf> {
         "DORMOUSE_REQUIRE_FIRECRACKER=1, but DORMOUSE_FIRECRACKER is not set"
     );
     if path.is_none() {
-        eprintln!("SKIPPED: DORMOUSE_FIRECRACKER does not name a Firecracker binary");
+        dormouse_testkit::skipped!("DORMOUSE_FIRECRACKER does not name a Firecracker binary");
     }
     path
 }

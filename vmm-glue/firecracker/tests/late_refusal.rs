@@ -60,7 +60,7 @@ fn a_vm_that_is_refused_after_it_was_kept_is_released_and_its_process_handed_bac
         Ok(uffd) => uffd,
         Err(why) => {
             assert!(std::env::var_os("DORMOUSE_REQUIRE_UFFD").is_none(), "may not be skipped: {why}");
-            return eprintln!("SKIPPED: {why}");
+            return dormouse_testkit::skipped!("{why}");
         }
     };
     let mapping = Arc::new(Mapping::new(PAGES, dormouse_restore::PageSize::Small).unwrap());

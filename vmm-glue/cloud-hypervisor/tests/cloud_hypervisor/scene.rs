@@ -34,7 +34,7 @@ pub(crate) fn have_uffd() -> bool {
     let why = Uffd::create(UffdOptions { remove_events: false, kernel_faults: false }).err();
     if let Some(why) = why {
         assert!(!required, "DORMOUSE_REQUIRE_UFFD=1, but: {why}");
-        eprintln!("SKIPPED: {why}");
+        dormouse_testkit::skipped!("{why}");
         return false;
     }
     true

@@ -34,12 +34,12 @@ pub(crate) fn have(host: Host) -> bool {
     let kvm = host == Host::Kvm;
     if kvm && let Err(why) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         assert!(!required("DORMOUSE_REQUIRE_KVM"), "DORMOUSE_REQUIRE_KVM=1, but /dev/kvm: {why}");
-        eprintln!("SKIPPED: /dev/kvm cannot be opened: {why}");
+        dormouse_testkit::skipped!("/dev/kvm cannot be opened: {why}");
         return false;
     }
     if let Err(why) = Uffd::create(UffdOptions { remove_events: false, kernel_faults: kvm }) {
         assert!(!required("DORMOUSE_REQUIRE_UFFD"), "DORMOUSE_REQUIRE_UFFD=1, but: {why}");
-        eprintln!("SKIPPED: {why}");
+        dormouse_testkit::skipped!("{why}");
         return false;
     }
     true
