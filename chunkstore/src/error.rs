@@ -17,6 +17,37 @@ pub enum StoreError {
         /// The store's URL.
         store: String,
     },
+    /// Nothing was ever stored there.
+    #[error(
+        "there is no store at {store}: nothing was ever stored there, or it is not mounted; see that the address is right \
+         (the first import makes a store)"
+    )]
+    NoSuchStore {
+        /// The store's URL.
+        store: String,
+    },
+    /// There are encrypted domains that no keyring opens.
+    #[error(
+        "{store} has domains that no keyring opens ({domains}): put the objects below keys/ back, from a copy of the \
+         store; only if that domain is to be given up, delete it to go on without"
+    )]
+    KeyringLost {
+        /// The domains, at least one of which it is.
+        domains: String,
+        /// The store's URL.
+        store: String,
+    },
+    /// Something is about to be stored without encryption beside what is encrypted.
+    #[error(
+        "{store} is used with keys ({known}) and none was given, so this would be stored in the clear; pass --key-file or \
+         set DORMOUSE_KEY_FILE, or pass --no-encryption if that is what you want"
+    )]
+    InTheClear {
+        /// Public identifiers of keys that the store knows.
+        known: String,
+        /// The store's URL.
+        store: String,
+    },
     /// The snapshot has no image or device state of this name.
     #[error("snapshot {snapshot:?} has no {kind} called {id:?}; it has {has}")]
     NoSuchPart {

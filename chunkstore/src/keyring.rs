@@ -9,7 +9,7 @@ use std::{
     io::Read as _,
     ops::Deref,
     path::PathBuf,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::AtomicBool},
 };
 
 use bytes::Bytes;
@@ -40,13 +40,16 @@ pub(crate) struct Access {
     /// without a key, the plain one.
     before: Opened,
     settled: OnceLock<(Opened, DomainKey)>,
+    /// Whether the domain is known to have an identity.
+    pub(crate) has_identity: AtomicBool,
 }
 
 impl Access {
     pub(crate) fn new(user: Option<DomainKey>, cache_base: Option<PathBuf>) -> Arc<Self> {
         let domain = user.as_ref().map_or_else(Domain::plain, Domain::encrypted);
         let before = Opened::new(domain, cache_base.as_ref());
-        Arc::new(Access { user, cache_base, before, settled: OnceLock::new() })
+        let (settled, has_identity) = (OnceLock::new(), false.into());
+        Arc::new(Access { user, cache_base, before, settled, has_identity })
     }
 
     fn opened(&self) -> &Opened {
@@ -167,13 +170,22 @@ impl Store {
     }
 
     /// Makes the key's domain if there is none yet.
+    ///
+    /// # Errors
+    /// [`StoreError::InTheClear`] without a key, if the store has keyrings and that was not permitted;
+    /// [`StoreError::KeyringLost`] instead of a domain beside one that nobody can open any more.
     pub(crate) fn found(&self) -> Result<()> {
-        let is_settled = self.settle()?;
-        self.prove_conditions()?;
-        if is_settled {
-            return Ok(());
+        let known =
+            if self.domain.0.user.is_none() && !self.no_encryption { self.key_ids()? } else { Vec::new() };
+        if !known.is_empty() {
+            return Err(StoreError::InTheClear { known: known.join(", "), store: self.url().to_owned() });
         }
-        let Some(user) = &self.domain.0.user else { return Ok(()) };
+        let is_settled = self.settle()?;
+        if !is_settled {
+            self.check_keyrings()?;
+        }
+        self.prove_conditions()?;
+        let Some(user) = self.domain.0.user.as_ref().filter(|_| !is_settled) else { return Ok(()) };
         let ours = random_key()?;
         let object = Bytes::from(Keyring::Wrapped(ours.clone()).encode(user));
         let put = self.backend.put_new(&keyring_key(user.id()), object);
@@ -277,7 +289,7 @@ impl Store {
         Keyring::decode(user, &object).map(Some).map_err(|why| StoreError::Damaged { key, why })
     }
 
-    fn key_ids(&self) -> Result<Vec<String>> {
+    pub(crate) fn key_ids(&self) -> Result<Vec<String>> {
         let mut ids = Vec::new();
         self.backend.list(KEYRING_PREFIX, &mut |meta| {
             ids.extend(meta.key.rsplit('/').next().map(str::to_owned));

@@ -26,6 +26,11 @@ impl Keys {
         &self.domain
     }
 
+    /// That the domain is one.
+    pub(crate) fn identity(&self) -> String {
+        format!("{}/identity", self.domain)
+    }
+
     pub(crate) fn packs(&self) -> String {
         format!("{}/packs", self.domain)
     }

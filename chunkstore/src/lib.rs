@@ -14,6 +14,7 @@ mod error;
 mod export;
 mod frame_cache;
 mod gc;
+mod identity;
 mod import;
 mod index;
 mod keyring;

@@ -20,7 +20,7 @@ pub(crate) struct References {
 
 /// The sequence of a name whose object is empty: earlier versions removed names so in stores that do not delete under a
 /// condition. It is not that of a name that never was.
-const EMPTY_SEQUENCE: u64 = 1;
+pub(crate) const EMPTY_SEQUENCE: u64 = 1;
 
 /// What is at the key of a name.
 #[derive(Debug)]
@@ -46,6 +46,9 @@ impl Store {
         let (object, version) = self.backend.get_versioned(&key)?;
         let Some(object) = object else {
             let sequence = version.as_ref().map_or(0, |_| EMPTY_SEQUENCE);
+            if version.is_some() && self.has_identity()? {
+                return Err(empty_reference(key));
+            }
             return Ok(Found { reference: None, sequence, version });
         };
         let named = Named::decode(&self.domain, Some(name), &object);
@@ -112,17 +115,21 @@ impl Store {
     /// Reads all references.
     pub(crate) fn references(&self) -> Result<References> {
         self.settle_known()?;
-        let mut keys = Vec::new();
+        let (mut keys, mut empty) = (Vec::new(), Vec::new());
         self.backend.list(&self.keys.refs(), &mut |meta| {
-            if meta.bytes > 0 {
-                keys.push(meta.key);
-            }
+            if meta.bytes > 0 { keys.push(meta.key) } else { empty.push(meta.key) }
         })?;
+        if keys.is_empty() && empty.is_empty() {
+            self.check_there()?;
+        }
         let References { mut good, mut bad } = References::default();
-        let read = |key: String| Ok((self.backend.get_versioned(&key)?.0, key));
-        self.side_by_side(keys, read, |(object, key)| {
-            // `None`: removed between the listing and now.
-            let Some(object) = object else { return Ok(()) };
+        let read = |key: String| Ok((self.backend.get_versioned(&key)?, key));
+        self.side_by_side(keys, read, |((object, version), key)| {
+            let Some(object) = object else {
+                // No version: removed between the listing and now.
+                empty.extend(version.map(|_| key));
+                return Ok(());
+            };
             match Named::decode(&self.domain, None, &object) {
                 Ok(named) if key == self.keys.reference_at(&named.name_key(&self.domain)) => {
                     if let Named::Reference(reference) = named {
@@ -140,6 +147,9 @@ impl Store {
             }
             Ok(())
         })?;
+        if !empty.is_empty() && self.has_identity()? {
+            bad.extend(empty.into_iter().map(|key| (key.clone(), empty_reference(key))));
+        }
         good.sort_by(|a, b| a.name.cmp(&b.name));
         bad.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(References { good, bad })
@@ -154,8 +164,12 @@ impl Store {
         let key = self.keys.reference(&self.domain, name);
         // A damaged reference can be removed as well, so its content does not matter here.
         let (object, version) = self.backend.get_versioned(&key)?;
-        let Some(object) = object else { return Err(self.no_such(name)) };
-        let sequence = match Named::decode(&self.domain, Some(name), &object) {
+        // One that is empty and no tombstone is damaged, too.
+        let damaged = object.is_none() && version.is_some() && self.has_identity()?;
+        if object.is_none() && !damaged {
+            return Err(self.no_such(name));
+        }
+        let sequence = match Named::decode(&self.domain, Some(name), &object.unwrap_or_default()) {
             Ok(Named::Removed(_)) => return Err(self.no_such(name)),
             Ok(Named::Reference(reference)) => reference.sequence,
             // Nobody knows it, but no name was moved as often as there were milliseconds.
@@ -169,6 +183,11 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Of nothing was made a tombstone before the domain got its identity.
+fn empty_reference(key: String) -> StoreError {
+    StoreError::Damaged { key, why: FormatError::Truncated("reference") }
 }
 
 /// Bytes that nobody else has, from the operating system.

@@ -52,6 +52,8 @@ pub struct StoreOptions {
     /// A collector that was silent for this long is taken for dead: another one takes over. A writer about to move a
     /// name, and what a dead collector was about to delete, are reckoned with for 672 times as long: a week by default.
     pub lease: Duration,
+    /// Whether to store in the clear, where `key` is `None`, also beside what is encrypted: in a store that has keyrings.
+    pub no_encryption: bool,
 }
 
 impl Default for StoreOptions {
@@ -62,6 +64,7 @@ impl Default for StoreOptions {
             frame_cache_bytes: 128 << 20,
             disk_cache_bytes: 4 << 30,
             lease: DEFAULT_LEASE,
+            no_encryption: false,
         }
     }
 }
@@ -80,6 +83,7 @@ pub struct Store {
     pub(crate) leased: Arc<Leased>,
     /// How many more reads a machine waits for may be asked for.
     pub(crate) slots: Arc<Slots>,
+    pub(crate) no_encryption: bool,
     disk: Arc<OnceLock<Option<DiskCache>>>,
     pub(crate) disk_bytes: u64,
     /// Frames are read for a machine that waits for them.
@@ -87,11 +91,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store at `url`. Nothing is written yet, but a local directory is made. With
+    /// Opens the store at `url`. Nothing is written, and a local directory is made by the first write. With
     /// a key its keyring is read; without one, nothing.
     ///
     /// # Errors
-    /// A URL that is none, or a directory that cannot be made; a keyring that is damaged or cannot be read, or a key
+    /// A URL that is none, or a directory that is none; a keyring that is damaged or cannot be read, or a key
     /// that was taken out of use. A key that the store does not know is not one: an import may be what comes next.
     pub fn open(url: &str, options: StoreOptions) -> Result<Self> {
         let store = Self::unsettled(open_url(url)?, options);
@@ -137,6 +141,7 @@ impl Store {
             conditions: Arc::default(),
             leased: Arc::default(),
             slots: Arc::default(),
+            no_encryption: options.no_encryption,
             disk: Arc::default(),
             disk_bytes: options.disk_cache_bytes,
             waited_for: false,

@@ -7,10 +7,14 @@ use dormouse_core::{
 };
 use serde::Serialize;
 
-use crate::{error::Result, snapshot::Snapshot, store::Store};
+use crate::{
+    error::{Result, StoreError},
+    snapshot::Snapshot,
+    store::Store,
+};
 
 /// A snapshot in a listing; read from its reference and root alone.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct SnapshotSummary {
     /// Its name.
     pub name: String,
@@ -34,6 +38,10 @@ pub struct SnapshotSummary {
     pub states: Vec<StateSummary>,
     /// Labels.
     pub labels: Vec<(String, String)>,
+    /// What is wrong with it, if its reference or root is damaged: then the rest is not known, but for the name (in an
+    /// encrypted domain the last part of the reference's key, unless the reference can be read).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
 }
 
 /// An image in a listing.
@@ -87,6 +95,17 @@ impl SnapshotSummary {
                 .collect(),
             labels: root.labels.clone(),
             images,
+            damaged: None,
+        }
+    }
+
+    fn damaged(name: String, reference: Option<&Reference>, why: &StoreError) -> Self {
+        SnapshotSummary {
+            name,
+            snapshot: reference.map(|r| r.snapshot.to_string()).unwrap_or_default(),
+            expires_unix_ms: reference.map_or(0, |r| r.expires_unix_ms),
+            damaged: Some(why.to_string()),
+            ..Default::default()
         }
     }
 }
@@ -197,15 +216,19 @@ impl Needs {
 }
 
 impl Store {
-    /// All snapshots, by name. Damaged ones are left out; `verify` names them.
+    /// All snapshots, by name, damaged ones as well.
     pub fn list(&self) -> Result<Vec<SnapshotSummary>> {
         let mut all = Vec::new();
         let references = self.references()?;
         if references.good.is_empty() && references.bad.is_empty() {
+            self.check_keyrings()?;
             self.hint_at_key()?;
+        } else {
+            self.warn_of_lost_keyrings();
         }
-        for (_, why) in &references.bad {
-            tracing::warn!(%why, "a snapshot is not listed");
+        for (key, why) in &references.bad {
+            let name = key.rsplit('/').next().unwrap_or(key).to_owned();
+            all.push(SnapshotSummary::damaged(name, None, why));
         }
         let read = |reference: Reference| {
             let root = self.read_root(reference.root, Some(&reference.name));
@@ -215,7 +238,10 @@ impl Store {
             match root {
                 Ok(root) => all.push(SnapshotSummary::of(&reference, &root)),
                 Err(e) if e.is_retryable() => return Err(e),
-                Err(why) => tracing::warn!(name = %reference.name, %why, "a snapshot cannot be read"),
+                Err(why) => {
+                    let name = reference.name.to_string();
+                    all.push(SnapshotSummary::damaged(name, Some(&reference), &why));
+                }
             }
             Ok(())
         })?;
@@ -228,12 +254,14 @@ impl Store {
         let mut report = UsageReport::default();
         // The listing below is of the domain.
         self.settle_known()?;
+        self.check_there()?;
+        self.warn_of_lost_keyrings();
         let mut references_bytes = 0;
-        let refs = self.keys.refs() + "/";
+        let (refs, identity) = (self.keys.refs() + "/", self.keys.identity());
         self.backend.list(self.keys.domain_prefix(), &mut |meta| {
             report.total.objects += 1;
             report.total.stored_bytes += meta.bytes;
-            if meta.key.starts_with(&refs) {
+            if meta.key.starts_with(&refs) || meta.key == identity {
                 references_bytes += meta.bytes;
             }
         })?;

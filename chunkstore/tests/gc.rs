@@ -42,8 +42,10 @@ fn what_only_a_removed_snapshot_used_is_deleted_and_the_rest_stays() {
     store.remove(&name("b")).unwrap();
     store.gc(AT_ONCE).unwrap();
     let left: Vec<_> = files_below(&dir.path().join("store"));
-    let kept = |p: &std::path::PathBuf| p.ends_with("lock") || p.parent().unwrap().ends_with("refs");
-    assert!(left.len() <= 3 && left.iter().all(kept), "the lock file, and that both were removed: {left:?}");
+    let kept = |p: &std::path::PathBuf| {
+        p.ends_with("lock") || p.ends_with("identity") || p.parent().unwrap().ends_with("refs")
+    };
+    assert!(left.len() <= 4 && left.iter().all(kept), "the lock, the identity and two tombstones: {left:?}");
     assert!(store.list().unwrap().is_empty());
 }
 
@@ -268,8 +270,10 @@ fn what_a_killed_put_left_half_written_is_swept_when_its_writer_is_dead_for_sure
     hasty.gc(AT_ONCE).unwrap();
     let left = files_below(&root);
     let folder = |p: &std::path::PathBuf, name: &str| p.parent().unwrap().ends_with(name);
-    let kept = |p: &std::path::PathBuf| p.ends_with("lock") || folder(p, "keys") || folder(p, "refs");
-    assert!(left.iter().all(kept), "the lock, the keyring and a tombstone: {left:?}");
+    let kept = |p: &std::path::PathBuf| {
+        p.ends_with("lock") || p.ends_with("identity") || folder(p, "keys") || folder(p, "refs")
+    };
+    assert!(left.iter().all(kept), "the lock, the identity, the keyring and a tombstone: {left:?}");
 }
 
 #[test]

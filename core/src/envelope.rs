@@ -26,8 +26,8 @@ pub const FORMAT_VERSION: u16 = 3;
 pub(crate) const VERSION_1: u16 = 1;
 /// The version that brought frames of LZ4.
 pub(crate) const VERSION_LZ4: u16 = 2;
-/// The version that brought references with a nonce, and tombstones.
-pub(crate) const VERSION_NONCE: u16 = 3;
+/// The version that brought references with a nonce, tombstones, and identities.
+pub(crate) const VERSION_3: u16 = 3;
 /// Bytes before the body.
 pub const HEADER_BYTES: usize = 40;
 /// Bytes after the body.

@@ -2,7 +2,7 @@
 
 use crate::{
     domain::Domain,
-    envelope::{self, Kind, VERSION_NONCE},
+    envelope::{self, Kind, VERSION_3},
     error::FormatError,
     id::{RootId, SnapshotId},
     limits::{NAME_BYTES_MAX, REFERENCE_BYTES_MAX},
@@ -118,14 +118,14 @@ impl Named {
                 reference.write(&mut w);
             }
         }
-        envelope::wrap_as(KIND, VERSION_NONCE, domain, w.finish())
+        envelope::wrap_as(KIND, VERSION_3, domain, w.finish())
     }
 
     /// Decodes the object found under `name`, or under any name if `None`.
     pub fn decode(domain: &Domain, name: Option<&Name>, object: &[u8]) -> Result<Self, FormatError> {
         let (version, body) = envelope::unwrap_versioned(KIND, domain, object)?;
         let mut r = Reader::new(&body, KIND.what);
-        let kind = if version < VERSION_NONCE {
+        let kind = if version < VERSION_3 {
             STANDS
         } else {
             r.array::<{ size_of::<Nonce>() }>()?;

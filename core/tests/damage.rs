@@ -41,6 +41,19 @@ fn a_damaged_reference_with_nonce_or_tombstone_is_refused() {
 }
 
 #[test]
+fn a_damaged_identity_is_refused() {
+    for domain in domains() {
+        let object = identity().encode(&domain);
+        assert_eq!(Identity::decode(&domain, &object), Ok(identity()));
+        let refused = |at: usize, b: &[u8]| {
+            assert!(Identity::decode(&domain, b).is_err(), "{} at {at}", name_of(&domain));
+        };
+        every_flip(&object, refused);
+        every_cut(&object, refused);
+    }
+}
+
+#[test]
 fn a_damaged_root_is_refused_by_its_name_and_by_its_checksum() {
     for domain in domains() {
         let (id, object) = root().encode(&domain);

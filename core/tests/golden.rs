@@ -106,6 +106,11 @@ fn all() -> Vec<Golden> {
             }));
         }
 
+        let (d, file) = (domain.clone(), format!("v3-identity-{}.bin", name_of(&domain)));
+        all.push(golden(file, identity().encode(&domain), move |file| {
+            assert_eq!(Identity::decode(&d, file), Ok(identity()));
+        }));
+
         let (raw, frame) = raw_frame(&domain, 11, 500);
         let (d, at_raw) = (domain.clone(), at(&frame));
         all.push(golden(named("frame-raw", "bin"), frame.stored, move |file| {

@@ -45,7 +45,9 @@ impl Context {
 
     /// How to open it.
     pub(crate) fn store_options(&self) -> Result<StoreOptions, Failure> {
-        Ok(StoreOptions { key: key::find(&self.global)?, cache_dir: self.cache_dir(), ..Default::default() })
+        let no_encryption = self.global.no_encryption;
+        let key = if no_encryption { None } else { key::find(&self.global)? };
+        Ok(StoreOptions { key, cache_dir: self.cache_dir(), no_encryption, ..Default::default() })
     }
 
     /// A progress bar.

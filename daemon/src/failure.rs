@@ -65,9 +65,11 @@ impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let (kind, object) = match &error {
             StoreError::NoSuchSnapshot { .. } => ("no_such_snapshot", None),
+            StoreError::NoSuchStore { .. } => ("no_such_store", None),
+            StoreError::KeyringLost { .. } => ("missing", Some("keys".into())),
             StoreError::NoSuchPart { .. } => ("no_such_part", None),
             StoreError::UnknownKey { .. } | StoreError::KeyRetired { .. } => ("wrong_key", None),
-            StoreError::KeyNeeded { .. } => ("key_missing", None),
+            StoreError::KeyNeeded { .. } | StoreError::InTheClear { .. } => ("key_missing", None),
             StoreError::Missing { key, .. } => ("missing", Some(key.clone())),
             StoreError::Damaged { key, why } => (damage_kind(why), Some(key.clone())),
             StoreError::Conflict { .. } => ("conflict", None),

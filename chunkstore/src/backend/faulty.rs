@@ -274,6 +274,13 @@ impl Backend for FaultyBackend {
         self.answer(fault, "list", prefix, ())
     }
 
+    fn folders(&self) -> Result<Vec<String>> {
+        add(&self.counts.lists, 1);
+        let fault = self.fault("list", "")?;
+        let folders = self.inner.folders()?;
+        self.answer(fault, "list", "", folders)
+    }
+
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
         self.inner.sweep_leftovers(prefix, before_unix_ms, dry_run)
     }

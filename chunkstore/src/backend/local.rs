@@ -11,7 +11,7 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::UNIX_EPOCH,
 };
 
@@ -34,26 +34,44 @@ const LOCK: &str = "lock";
 #[derive(Debug)]
 pub(super) struct LocalBackend {
     root: PathBuf,
-    objects: ObjectBackend,
+    url: String,
+    /// For writing; with it the directory is made.
+    objects: OnceLock<ObjectBackend>,
 }
 
 impl LocalBackend {
-    /// Opens a directory, which is made if it does not exist.
+    /// Opens a directory. Where there is none yet, the first write makes it.
     pub(super) fn open(root: &Path, url: String) -> Result<Self> {
+        let root = match root.canonicalize() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => std::path::absolute(root),
+            found => found,
+        };
+        let root = root.map_err(|e| StoreError::file("opening the store at", url.as_ref(), e))?;
+        let local = LocalBackend { root, url, objects: OnceLock::new() };
+        if local.root.exists() {
+            local.objects()?;
+        }
+        Ok(local)
+    }
+
+    fn objects(&self) -> Result<&ObjectBackend> {
+        if let Some(objects) = self.objects.get() {
+            return Ok(objects);
+        }
+        let root = &self.root;
         std::fs::create_dir_all(root).map_err(|e| StoreError::file("making the store directory", root, e))?;
-        let root = root.canonicalize().map_err(|e| StoreError::file("opening the store at", root, e))?;
-        let store = LocalFileSystem::new_with_prefix(&root)
+        let store = LocalFileSystem::new_with_prefix(root)
             .map_err(|e| StoreError::Usage(format!("{} cannot be used as a store: {e}", root.display())))?
             .with_fsync(true);
         let objects = ObjectBackend {
-            url,
+            url: self.url.clone(),
             prefix: object_store::path::Path::default(),
             store: Arc::new(store),
             runner: Runner::INLINE,
             keeps_conditions: true,
             worked: false.into(),
         };
-        Ok(LocalBackend { root, objects })
+        Ok(self.objects.get_or_init(|| objects))
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -69,7 +87,7 @@ impl LocalBackend {
     }
 
     fn io_error(&self, doing: String, e: io::Error) -> StoreError {
-        let store = self.objects.url.clone();
+        let store = self.url.clone();
         let why = e.to_string();
         match e.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full { doing },
@@ -88,6 +106,7 @@ impl LocalBackend {
 
     /// Holds the lock until the file is dropped; the kernel lets go of it if the process dies.
     fn lock(&self) -> Result<File> {
+        self.objects()?;
         let path = self.path(LOCK);
         let file = File::options().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(|e| self.io_error("locking the store".into(), e))?;
@@ -108,7 +127,7 @@ fn version_of(bytes: &[u8]) -> Version {
 
 impl Backend for LocalBackend {
     fn url(&self) -> &str {
-        &self.objects.url
+        &self.url
     }
 
     fn is_local(&self) -> bool {
@@ -156,7 +175,7 @@ impl Backend for LocalBackend {
     }
 
     fn put_new(&self, key: &str, bytes: Bytes) -> Result<PutOutcome> {
-        let outcome = self.objects.put_new(key, bytes)?;
+        let outcome = self.objects()?.put_new(key, bytes)?;
         if outcome == PutOutcome::Exists {
             // Whoever made it may not have come to this yet, and what is acknowledged here must be durable.
             self.sync_directory_of(key)?;
@@ -165,7 +184,7 @@ impl Backend for LocalBackend {
     }
 
     fn put_again(&self, key: &str, bytes: Bytes) -> Result<()> {
-        self.objects.put_again(key, bytes)
+        self.objects()?.put_again(key, bytes)
     }
 
     fn get_versioned(&self, key: &str) -> Result<(Option<Bytes>, Option<Version>)> {
@@ -187,7 +206,7 @@ impl Backend for LocalBackend {
         if bytes.is_empty() {
             self.delete(key)?;
         } else {
-            self.objects.put_again(key, bytes)?;
+            self.objects()?.put_again(key, bytes)?;
         }
         Ok(true)
     }
@@ -257,6 +276,22 @@ impl Backend for LocalBackend {
             }
         }
         Ok(())
+    }
+
+    fn folders(&self) -> Result<Vec<String>> {
+        let error = |e| self.io_error("listing the store".into(), e);
+        let entries = match std::fs::read_dir(&self.root) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(error)?,
+        };
+        let mut folders = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(error)?;
+            if entry.path().is_dir() {
+                folders.extend(entry.file_name().into_string());
+            }
+        }
+        Ok(folders)
     }
 
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {

@@ -130,6 +130,15 @@ pub trait Backend: Send + Sync + Debug {
     /// Every object below `prefix`, in no particular order.
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()>;
 
+    /// The first parts of all keys that have more than one: where the store has anything, there is one.
+    fn folders(&self) -> Result<Vec<String>> {
+        let mut folders = std::collections::BTreeSet::new();
+        self.list("", &mut |meta| {
+            folders.extend(meta.key.split_once('/').map(|(folder, _)| folder.to_owned()));
+        })?;
+        Ok(folders.into_iter().collect())
+    }
+
     /// Deletes what writers that died have left half written below `prefix` and no listing shows, if it was last written
     /// before `before_unix_ms` by the store's clock; with `dry_run` only says what there is. Stores that take objects as a
     /// whole have nothing of the kind.

@@ -229,6 +229,10 @@ impl Backend for ModelledBackend {
         self.inner.list(prefix, each)
     }
 
+    fn folders(&self) -> Result<Vec<String>> {
+        self.inner.folders()
+    }
+
     fn sweep_leftovers(&self, prefix: &str, before_unix_ms: u64, dry_run: bool) -> Result<Leftovers> {
         self.inner.sweep_leftovers(prefix, before_unix_ms, dry_run)
     }

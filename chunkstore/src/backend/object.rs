@@ -266,6 +266,12 @@ impl Backend for ObjectBackend {
         }
     }
 
+    fn folders(&self) -> Result<Vec<String>> {
+        let listed = self.runner.run(self.store.list_with_delimiter(Some(&self.prefix)));
+        let listed = listed.map_err(|e| self.error("listing the store".into(), e))?;
+        Ok(listed.common_prefixes.iter().map(|path| self.key(path)).collect())
+    }
+
     fn list(&self, prefix: &str, each: &mut dyn FnMut(ObjectMeta)) -> Result<()> {
         let path = self.path(prefix);
         let listed = self.run(async {

@@ -111,6 +111,7 @@ impl Store {
     /// Any reference or root that cannot be read stops the collection before anything is condemned, since what it
     /// needs is not known: mend or remove that snapshot first.
     pub fn gc(&self, options: GcOptions) -> Result<GcReport> {
+        self.check_there()?;
         let mut report = GcReport { dry_run: options.dry_run, ..Default::default() };
         if !self.settle_known()? {
             return Ok(report);

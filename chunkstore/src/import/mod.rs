@@ -79,7 +79,7 @@ impl Store {
         packing: Packing,
         progress: &dyn Progress,
     ) -> Result<ImportReport> {
-        let Found { reference: current, sequence, version } = self.find(&request.name)?;
+        let Found { reference: current, sequence, mut version } = self.find(&request.name)?;
         if current.is_some() && !request.replace && request.parent.as_ref() != Some(&request.name) {
             return Err(StoreError::Exists { name: request.name.to_string() });
         }
@@ -93,6 +93,9 @@ impl Store {
             return Err(StoreError::Usage(
                 "the images have more than 64 TiB together, which is all a snapshot holds; leave some of them out".into(),
             ));
+        }
+        if self.found_identity()? && current.is_none() {
+            version = self.find(&request.name)?.version;
         }
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;

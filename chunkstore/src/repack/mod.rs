@@ -92,6 +92,7 @@ struct Wasteful {
 impl Store {
     /// Moves live pages out of wasteful packs. Run [`Store::gc`] afterwards to win the room.
     pub fn repack(&self, options: RepackOptions, progress: &dyn Progress) -> Result<RepackReport> {
+        self.check_there()?;
         let mut report = RepackReport { dry_run: options.dry_run, ..Default::default() };
         if !self.settle_known()? {
             return Ok(report);

@@ -175,6 +175,16 @@ impl Store {
                 Err(e) => return Err(e),
             },
             None => {
+                if let Some(why) = self.check_identity()? {
+                    findings.add(&self.keys.identity(), &reason(&why), []);
+                }
+                for domain in self.unopened_domains()? {
+                    findings.add(
+                        &domain,
+                        &"there are more domains than keyrings: one that opens it may be lost",
+                        [],
+                    );
+                }
                 let all = self.references()?;
                 for (key, error) in &all.bad {
                     names.push(key.rsplit('/').next().unwrap_or(key).to_owned());

@@ -73,6 +73,7 @@ impl Store {
         options: &RepairOptions,
         progress: &dyn Progress,
     ) -> Result<RepairReport> {
+        self.check_there()?;
         let mut report = RepairReport::default();
         if !self.settle_known()? {
             report.left = self.verify(name, VerifyDepth::Content, progress)?;
@@ -94,6 +95,15 @@ impl Store {
         report: &mut RepairReport,
         held: &mut Held<'_>,
     ) -> Result<()> {
+        if name.is_none()
+            && let Some(why) = self.check_identity()?
+        {
+            // What it says is of no weight; that it is there is.
+            self.write_identity(true)?;
+            let object = self.keys.identity();
+            report.found.push(Damage { object: object.clone(), why: reason(&why), hurts: Vec::new() });
+            report.repaired.push(Repaired { object, ..Default::default() });
+        }
         self.restore_roots(name, report)?;
         let mut found = self.examine(name, VerifyDepth::Content, progress, &mut || held.keep())?;
         let mut damages = None;

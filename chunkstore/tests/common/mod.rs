@@ -192,7 +192,8 @@ impl Remembered {
 /// A store on this backend, with nothing cached, as another host would open it.
 pub fn fresh(backend: &Arc<dyn Backend>, key: Option<u8>) -> Store {
     let key = key.map(|k| DomainKey::new([k; 32]));
-    Store::with_backend(backend.clone(), StoreOptions { key, ..Default::default() })
+    // In these tests, what is in the clear is meant to be.
+    Store::with_backend(backend.clone(), StoreOptions { key, no_encryption: true, ..Default::default() })
 }
 
 pub fn memory_backend() -> Arc<dyn Backend> {

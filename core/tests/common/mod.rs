@@ -147,6 +147,10 @@ pub fn named(domain: &Domain) -> [(&'static str, Named); 2] {
     [("reference", Named::Reference(reference())), ("tombstone", Named::Removed(tombstone))]
 }
 
+pub fn identity() -> Identity {
+    Identity { id: NONCE, created_unix_ms: 1_790_000_000_789 }
+}
+
 /// A nonce that is always the same.
 pub const NONCE: Nonce = *b"never used twice";
 

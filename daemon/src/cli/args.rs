@@ -41,6 +41,10 @@ pub(crate) struct GlobalOptions {
     #[arg(long, global = true, value_name = "COMMAND")]
     pub(crate) key_command: Option<String>,
 
+    /// Store without encryption, also where a store has keys
+    #[arg(long, global = true, conflicts_with_all = ["key_file", "key_command"])]
+    pub(crate) no_encryption: bool,
+
     /// Where this host keeps what it can rebuild, so that it need not be fetched again [default: ~/.cache/dormouse]
     #[arg(long, global = true, value_name = "PATH", env = "DORMOUSE_CACHE_DIR")]
     pub(crate) cache_dir: Option<PathBuf>,

@@ -37,6 +37,11 @@ impl Document {
         let snapshots = store.list()?.into_iter().map(row).collect();
         Ok(Document { store: store.url().to_owned(), snapshots })
     }
+
+    /// Of a store that nothing was stored in yet.
+    pub(crate) fn empty(store: &Store) -> Self {
+        Document { store: store.url().to_owned(), snapshots: Vec::new() }
+    }
 }
 
 pub(crate) fn run(_: &LsArgs, context: &Context) -> Result<Status, Failure> {
@@ -51,14 +56,22 @@ pub(crate) fn run(_: &LsArgs, context: &Context) -> Result<Status, Failure> {
                 s.name.clone(),
                 human::bytes(s.logical_bytes),
                 human::bytes(s.nonzero_bytes),
-                human::moment(s.created_unix_ms),
+                if s.damaged.is_some() { "damaged".into() } else { human::moment(s.created_unix_ms) },
                 (*tier).into(),
                 s.snapshot.chars().take(12).collect(),
             ]);
         }
-        write!(out, "{table}")
+        write!(out, "{table}")?;
+        for (name, why) in damaged(&document.snapshots) {
+            writeln!(out, "{name}: {why}")?;
+        }
+        Ok(())
     })?;
     Ok(Status::Done)
+}
+
+fn damaged(rows: &[Row]) -> impl Iterator<Item = (&str, &str)> {
+    rows.iter().filter_map(|row| Some((row.summary.name.as_str(), row.summary.damaged.as_deref()?)))
 }
 
 fn tier(store: &Store, summary: &SnapshotSummary) -> &'static str {

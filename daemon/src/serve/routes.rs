@@ -164,7 +164,12 @@ async fn end_listener(Shared(daemon): Daemons, Named(id): Named) -> Answer {
 }
 
 async fn list_snapshots(Shared(daemon): Daemons) -> Answer {
-    ok(&blocking(move || ls::Document::of(&daemon.store)).await?)
+    // The service may be older than its store.
+    let document = blocking(move || match ls::Document::of(&daemon.store) {
+        Err(failure) if failure.kind == "no_such_store" => Ok(ls::Document::empty(&daemon.store)),
+        document => document,
+    });
+    ok(&document.await?)
 }
 
 async fn show_snapshot(Shared(daemon): Daemons, Named(name): Named) -> Answer {
