@@ -17,12 +17,12 @@ pub enum StoreError {
         /// The store's URL.
         store: String,
     },
-    /// Nothing was ever stored there.
+    /// Nothing was ever stored there, though there might have been.
     #[error(
         "there is no store at {store}: nothing was ever stored there, or it is not mounted; see that the address is right \
          (the first import makes a store)"
     )]
-    NoSuchStore {
+    NothingStored {
         /// The store's URL.
         store: String,
     },

@@ -82,7 +82,7 @@ impl Store {
     /// Fails if nothing was ever stored here: whoever only reads is to know that there is nothing to find.
     pub(crate) fn check_there(&self) -> Result<()> {
         if self.backend.folders()?.is_empty() {
-            return Err(StoreError::NoSuchStore { store: self.url().to_owned() });
+            return Err(StoreError::NothingStored { store: self.url().to_owned() });
         }
         Ok(())
     }

@@ -129,15 +129,15 @@ fn readers_of_a_store_that_does_not_exist_say_so_and_make_nothing() {
             store.repack(Default::default(), &NoProgress).map(drop),
         ];
         for (i, none) in none.into_iter().enumerate() {
-            assert!(matches!(none, Err(StoreError::NoSuchStore { .. })), "{i}: {none:?}");
+            assert!(matches!(none, Err(StoreError::NothingStored { .. })), "{i}: {none:?}");
         }
         let gone = store.open_snapshot(&Name::new("a").unwrap());
-        assert!(matches!(gone, Err(StoreError::NoSuchSnapshot { .. } | StoreError::NoSuchStore { .. })));
+        assert!(matches!(gone, Err(StoreError::NoSuchSnapshot { .. } | StoreError::NothingStored { .. })));
         assert!(!dir.path().join("store").exists(), "a reader makes no store");
     }
     // A disk that is not mounted is an empty directory.
     fs::create_dir(dir.path().join("store")).unwrap();
-    assert!(matches!(store_in(dir.path()).gc(AT_ONCE), Err(StoreError::NoSuchStore { .. })));
+    assert!(matches!(store_in(dir.path()).gc(AT_ONCE), Err(StoreError::NothingStored { .. })));
     assert_eq!(files_below(&dir.path().join("store")).len(), 0);
     Machine::new(20, 2).import(&store_in(dir.path()), "a", None).unwrap();
     assert_eq!(names(&store_in(dir.path())), ["a"]);

@@ -172,13 +172,13 @@ fn an_empty_store_is_none_with_any_key() {
     let backend = memory_backend();
     for key in [None, Some(1)] {
         let store = fresh(&backend, key);
-        assert!(matches!(store.list(), Err(StoreError::NoSuchStore { .. })));
+        assert!(matches!(store.list(), Err(StoreError::NothingStored { .. })));
         assert!(matches!(store.open_snapshot(&name("a")), Err(StoreError::NoSuchSnapshot { .. })));
         let repacked = store.repack(Default::default(), &NoProgress);
-        assert!(matches!(repacked, Err(StoreError::NoSuchStore { .. })));
+        assert!(matches!(repacked, Err(StoreError::NothingStored { .. })));
     }
     let collected = fresh(&backend, Some(1)).gc(GcOptions::default());
-    assert!(matches!(collected, Err(StoreError::NoSuchStore { .. })));
+    assert!(matches!(collected, Err(StoreError::NothingStored { .. })));
     assert!(objects(&*backend).is_empty(), "looking leaves nothing behind");
 }
 

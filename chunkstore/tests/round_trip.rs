@@ -149,7 +149,7 @@ fn a_request_that_no_reader_could_read_back_is_refused() {
         change(&mut request);
         let error = store.import(&request, &NoProgress).unwrap_err();
         assert!(matches!(error, dormouse_chunkstore::StoreError::Usage(_)), "{error:?}");
-        assert!(matches!(store.list(), Err(dormouse_chunkstore::StoreError::NoSuchStore { .. })));
+        assert!(matches!(store.list(), Err(dormouse_chunkstore::StoreError::NothingStored { .. })));
     };
     refused(&|r| r.images[1].id = r.images[0].id.clone());
     refused(&|r| r.labels = vec![("k".into(), "1".into()), ("k".into(), "2".into())]);

@@ -65,7 +65,7 @@ impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let (kind, object) = match &error {
             StoreError::NoSuchSnapshot { .. } => ("no_such_snapshot", None),
-            StoreError::NoSuchStore { .. } => ("no_such_store", None),
+            StoreError::NothingStored { .. } => ("nothing_stored", None),
             StoreError::KeyringLost { .. } => ("missing", Some("keys".into())),
             StoreError::NoSuchPart { .. } => ("no_such_part", None),
             StoreError::UnknownKey { .. } | StoreError::KeyRetired { .. } => ("wrong_key", None),

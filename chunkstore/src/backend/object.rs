@@ -268,7 +268,7 @@ impl Backend for ObjectBackend {
 
     fn folders(&self) -> Result<Vec<String>> {
         let listed = self.runner.run(self.store.list_with_delimiter(Some(&self.prefix)));
-        let listed = listed.map_err(|e| self.error("listing the store".into(), e))?;
+        let listed = listed.map_err(|e| self.error("listing the store".into(), &e))?;
         Ok(listed.common_prefixes.iter().map(|path| self.key(path)).collect())
     }
 

@@ -16,7 +16,7 @@ pub(crate) const CODES: &[Code] = &[
     ("no_such_vm", 404, "GET /v1/vms lists the VMs"),
     ("no_such_listener", 404, "GET /v1/listeners lists the listeners"),
     ("no_such_snapshot", 404, "GET /v1/snapshots lists the snapshots"),
-    ("no_such_store", 404, "see that the store's address is right; the first snapshot makes the store"),
+    ("nothing_stored", 404, "see that the store's address is right; the first snapshot makes the store"),
     ("no_such_part", 404, "the snapshot was made without it: import it again with it"),
     ("exists", 409, "choose another id or name, or end or replace what has it"),
     ("busy", 409, "wait until what is under way has ended; of a VM, GET names it"),

@@ -166,7 +166,7 @@ async fn end_listener(Shared(daemon): Daemons, Named(id): Named) -> Answer {
 async fn list_snapshots(Shared(daemon): Daemons) -> Answer {
     // The service may be older than its store.
     let document = blocking(move || match ls::Document::of(&daemon.store) {
-        Err(failure) if failure.kind == "no_such_store" => Ok(ls::Document::empty(&daemon.store)),
+        Err(failure) if failure.kind == "nothing_stored" => Ok(ls::Document::empty(&daemon.store)),
         document => document,
     });
     ok(&document.await?)
