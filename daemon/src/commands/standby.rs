@@ -1,11 +1,11 @@
 //! `dormouse standby firecracker NAME`: a running VM goes into the store, and out of this host.
 
-use std::{io, ops::Range, os::unix::net::UnixStream, path::PathBuf, time::Duration};
+use std::{io, ops::Range, path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand};
 use dormouse_chunkstore::{DEFAULT_LEVEL, Progress, Store, StreamReport};
 use dormouse_core::Name;
-use dormouse_firecracker::{VmmProcess, tracking::Tracking};
+use dormouse_firecracker::VmmProcess;
 use dormouse_wake::{Record, build_predicted_stream};
 use serde_json::Value;
 
@@ -17,6 +17,7 @@ use super::{
     standby_document::print_text,
     standby_flow::{Flow, Step},
 };
+pub(crate) use crate::machine::vmm::{API_PATIENCE, VMSTATE, micros, process_at, tracking, vmm_failure};
 use crate::{
     cli::values::Part,
     client::MaybeDaemon,
@@ -26,10 +27,6 @@ use crate::{
     traces::{self, TraceArgs},
 };
 
-/// What Firecracker's device state is called in a snapshot.
-pub(crate) const VMSTATE: &str = "vmstate";
-/// How long Firecracker may take over a request: a full snapshot copies all of the guest's memory.
-pub(crate) const API_PATIENCE: Duration = Duration::from_secs(600);
 /// How long a killed VMM may take to be gone.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -141,20 +138,6 @@ pub(super) fn cannot_note(error: &io::Error) -> Failure {
     Failure::new("tracking", format!("the standby cannot be noted on this host: {error}"))
 }
 
-/// The Firecracker that listens at `socket`.
-pub(crate) fn process_at(socket: &std::path::Path) -> Result<VmmProcess, Failure> {
-    let connection = UnixStream::connect(socket).map_err(|e| {
-        Failure::new("vmm", format!("no Firecracker answers at {}: {e}; is it running?", socket.display()))
-    })?;
-    VmmProcess::of(&connection).map_err(|e| Failure::new("vmm", e.to_string()))
-}
-
-/// This host's memory of what dirty pages are counted from.
-pub(crate) fn tracking() -> Result<Tracking, Failure> {
-    let directory = context::runtime_dir();
-    Tracking::open(&directory).map_err(|e| Failure::file("using", &directory, &e))
-}
-
 /// Stores the new snapshot's resume stream. The snapshot is durable and whole without it, so nothing here fails.
 pub(super) fn predicted_stream(
     store: &Store,
@@ -183,12 +166,4 @@ pub(crate) fn end(process: &VmmProcess) -> Result<(), Failure> {
         Ok(false) => Err(failed("does not end".into())),
         Err(error) => Err(failed(format!("cannot be waited for: {error}"))),
     }
-}
-
-pub(crate) fn vmm_failure(error: &dyn std::error::Error) -> Failure {
-    Failure::new("vmm", error.to_string())
-}
-
-pub(crate) fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

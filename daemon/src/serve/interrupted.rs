@@ -10,9 +10,9 @@ use super::{
     state::Daemon,
     vm::{Finishing, Vm},
 };
-use crate::commands::{
-    standby::{process_at, tracking},
-    unfinished::Unfinished,
+use crate::{
+    commands::unfinished::Unfinished,
+    machine::vmm::{process_at, tracking},
 };
 
 /// How long a VM's Firecracker may take to let its guest go on.

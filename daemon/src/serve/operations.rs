@@ -18,9 +18,10 @@ use super::{
 use crate::{
     commands::{
         interruption::Interruption,
-        standby::{self, Asked, process_at},
+        standby::{self, Asked},
     },
     failure::Failure,
+    machine::vmm::process_at,
 };
 
 /// How long a killed VM may take to be gone.

@@ -41,6 +41,7 @@ mod filling;
 pub mod learned;
 pub mod memory;
 pub mod on_demand;
+mod on_demand_error;
 mod pace;
 pub mod protocol;
 pub mod receive;

@@ -21,9 +21,8 @@ use dormouse_core::page::{PAGE_BYTES, PageCount, PageIndex};
 use dormouse_restore::outcome::Outcome;
 use dormouse_restore::state::PageState;
 use dormouse_restore::{
-    Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, PlanError, Policy, Refusals, RegionSpec,
-    Restore, RestoreError, RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdError, UffdOptions,
-    WORKING_SET_PAGES_MAX,
+    Content, Mapping, Memory, PageRun, PageSize, PageSource, Plan, Policy, Refusals, RegionSpec, Restore,
+    RestoreHandle, Retry, SourceError, SourceErrorKind, Uffd, UffdOptions, WORKING_SET_PAGES_MAX,
 };
 use rustix::fs::SeekFrom;
 
@@ -31,6 +30,7 @@ use super::ahead::Ahead;
 use super::counts::{Counts, FaultCounts, ImageReport};
 use super::filling;
 use super::memory::MemorySlot;
+pub use super::on_demand_error::{OnDemandError, ProvideError};
 use super::protocol::GuestRange;
 use super::send::{LaidOut, SendError, memory_file};
 use super::touched::Touches;
@@ -64,45 +64,6 @@ impl Default for WakeOptions {
     fn default() -> Self {
         Self { on_failure: OnFailure::default(), retry: Retry::default(), prefetch: true }
     }
-}
-
-/// Why memory could not be served on demand. Nothing of the VM has run.
-#[derive(Debug, thiserror::Error)]
-pub enum OnDemandError {
-    /// The memory file could not be made.
-    #[error(transparent)]
-    File(#[from] SendError),
-    /// It could not be mapped.
-    #[error("a memory file cannot be mapped: {0}")]
-    Map(io::Error),
-    /// Slots and image do not fit.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// userfaultfd is missing or not permitted; says how to permit it.
-    #[error(transparent)]
-    Uffd(#[from] UffdError),
-    /// The restore did not start.
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
-}
-
-/// Why pages were not provided.
-#[derive(Debug, thiserror::Error)]
-pub enum ProvideError {
-    /// They are not the guest's.
-    #[error("the peer asked for {} bytes at {:#x}, which are in no memory slot", .0.length, .0.address)]
-    NoSlot(GuestRange),
-    /// They cannot be had correctly.
-    #[error("the page at {address:#x} cannot be had correctly, so it is withheld: {why}")]
-    Withheld {
-        /// Guest-physical address.
-        address: u64,
-        /// Why.
-        why: String,
-    },
-    /// Nobody is served any more.
-    #[error("the VM is gone")]
-    Ended,
 }
 
 /// An image being served.
