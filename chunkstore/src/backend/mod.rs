@@ -3,6 +3,7 @@
 //! The trait is blocking: fault threads and import workers are plain threads, and a local store needs no async
 //! runtime at all. It is small so that tests can stand in for it and inject every fault (see [`faulty`]).
 
+mod aws_profile;
 mod classify;
 #[cfg(test)]
 pub(crate) mod fake_s3;

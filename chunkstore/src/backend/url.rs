@@ -8,7 +8,10 @@ use object_store::{
 };
 use url::Url;
 
-use super::{Backend, http::RetryingConnector, local::LocalBackend, object::ObjectBackend, runner::Runner};
+use super::{
+    Backend, aws_profile::ProfileCredentials, http::RetryingConnector, local::LocalBackend,
+    object::ObjectBackend, runner::Runner,
+};
 use crate::error::{Result, StoreError};
 
 /// The URLs that are understood, for messages.
@@ -16,7 +19,7 @@ const FORMS: &str =
     "file:///path, /path, memory://, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix";
 
 /// Opens the store at `url`. Credentials and endpoints of clouds come from their usual environment variables
-/// (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
+/// (`AWS_*`, `GOOGLE_*`, `AZURE_*`); those of S3, where the environment has none, from the profile that AWS's tools use.
 ///
 /// # Errors
 /// [`StoreError::Usage`] for a URL that is not one of the forms; what the backend says otherwise.
@@ -42,15 +45,17 @@ pub fn open_url(url: &str) -> Result<Arc<dyn Backend>> {
             return Ok(Arc::new(LocalBackend::open(&path, url.to_owned())?));
         }
         "memory" => Arc::new(InMemory::new()),
-        "s3" => Arc::new(
-            AmazonS3Builder::from_env()
+        "s3" => {
+            let mut builder = AmazonS3Builder::from_env()
                 .with_url(url)
                 .with_http_connector(RetryingConnector)
                 .with_retry(retry)
-                .with_client_options(client_from(client, "AWS_ALLOW_HTTP"))
-                .build()
-                .map_err(not_usable)?,
-        ),
+                .with_client_options(client_from(client, "AWS_ALLOW_HTTP"));
+            if let Some(profile) = ProfileCredentials::from_env() {
+                builder = builder.with_credentials(Arc::new(profile));
+            }
+            Arc::new(builder.build().map_err(not_usable)?)
+        }
         "gs" => Arc::new(
             GoogleCloudStorageBuilder::from_env()
                 .with_url(url)
