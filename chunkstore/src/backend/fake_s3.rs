@@ -41,6 +41,9 @@ pub(crate) struct Faults {
     pub(crate) answers: Option<(u16, &'static str)>,
 }
 
+/// What is done in between.
+type Act = Box<dyn FnOnce() + Send>;
+
 #[derive(Default)]
 struct State {
     /// Bytes, a number that tells versions apart, and when it was written.
@@ -51,7 +54,7 @@ struct State {
     versions: u64,
     asked: Vec<String>,
     unconditional: Vec<String>,
-    before_delete: Option<(&'static str, Box<dyn FnOnce() + Send>)>,
+    before_delete: Option<(&'static str, Act)>,
 }
 
 /// The server.
