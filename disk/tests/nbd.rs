@@ -53,7 +53,7 @@ fn clients_are_here() -> bool {
         .find(|client| Command::new(client).arg("--version").output().is_err());
     if let Some(client) = missing {
         assert!(std::env::var_os("DORMOUSE_REQUIRE_NBD").is_none_or(|it| it != "1"), "no {client} here");
-        println!("SKIPPED: no {client} here (apt-get install qemu-utils libnbd-bin)");
+        dormouse_testkit::skipped!("no {client} here (apt-get install qemu-utils libnbd-bin)");
     }
     missing.is_none()
 }

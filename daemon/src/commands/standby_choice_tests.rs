@@ -110,7 +110,7 @@ fn drives_that_snapshots_leave_out_are_refused() {
 #[test]
 fn differences_that_firecracker_misplaces_are_not_taken() {
     if !memfile::holes_are_exact() {
-        eprintln!("SKIPPED: files in memory have no exact holes here");
+        dormouse_testkit::skipped!("files in memory have no exact holes here");
         return;
     }
     let pluggable = |version| {

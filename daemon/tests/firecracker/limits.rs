@@ -45,7 +45,7 @@ impl Group {
         let group = PathBuf::from(format!("{root}/dormouse-{name}-{}", std::process::id()));
         let made = fs::create_dir(&group).and_then(|()| fs::write(group.join(limit), bytes.to_string()));
         if let Err(error) = made {
-            eprintln!("SKIPPED: no control group of one's own can be made here: {error}");
+            dormouse_testkit::skipped!("no control group of one's own can be made here: {error}");
             return None;
         }
         Some(Group(group))
