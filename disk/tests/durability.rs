@@ -374,3 +374,17 @@ fn local_overlay_survives_its_process_and_is_locked() {
     drop(disk);
     assert!(read(&attach(), 0, SIZE) == expected);
 }
+
+#[test]
+fn longest_image_name_comes_back() {
+    let (source, files) = (TestSource::new(SIZE), Files::new());
+    let attach = |name_bytes: usize| {
+        let mut options = options(source.clone(), SIZE as u64, Some(files.clone()));
+        options.identity.image = "x".repeat(name_bytes);
+        Disk::open(options)
+    };
+    assert!(matches!(attach(129).err(), Some(DiskError::Identity(_))));
+    drop(attach(128).unwrap());
+    drop(attach(128).unwrap());
+    assert!(matches!(attach(127).err(), Some(DiskError::OtherOwner(_))));
+}

@@ -43,6 +43,8 @@ targets! {
     kept_states
     keyring
     name
+    nbd
+    overlay_map
     pack
     reference
     regions

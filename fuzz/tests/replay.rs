@@ -81,6 +81,8 @@ replay! {
     kept_states
     keyring
     name
+    nbd
+    overlay_map
     pack
     reference
     regions

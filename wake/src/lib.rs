@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`stored_image`] | an image in a store, as a restore's source of pages |
+//! | [`stored_disk`] | an image in a store, as the base of a disk |
 //! | [`first_pages`] | a resume stream on its way into guest memory |
 //! | [`recording`], [`coverage`] | what a session tells of what its machine needs first |
 //! | [`prediction`], [`page_set`] | which pages come first next time |
@@ -24,6 +25,7 @@ pub mod prediction;
 pub mod recording;
 pub mod records;
 mod sink;
+pub mod stored_disk;
 pub mod stored_image;
 pub mod working_set;
 
@@ -37,6 +39,7 @@ pub use page_set::PageSet;
 pub use prediction::predict;
 pub use recording::{PageByPage, Recording, SessionRecord};
 pub use records::{Record, Records};
+pub use stored_disk::StoredDisk;
 pub use stored_image::{StoredImage, source_error};
 pub use working_set::{
     WORKING_SET_ID, WorkingSetError, build_stream, decode_working_set, encode_working_set, stored_working_set,

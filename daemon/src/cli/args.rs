@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::{
-    bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve, serve_uffd, show, standby,
-    stream, tier, train, verify, vms,
+    attach, bench, demo, du, export, gc, hold, import, key, ls, repack, resume, rm, serve, serve_uffd, show,
+    standby, stream, tier, train, verify, vms,
 };
 
 /// Stores virtual-machine snapshots densely and brings them back fast.
@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Import(import::ImportArgs),
     /// Write a snapshot's memory, disks and device state to files, byte-identical and sparse
     Export(export::ExportArgs),
+    /// Serve a disk of a snapshot over NBD: read as it is asked for, writes kept in an overlay
+    Attach(attach::AttachArgs),
     /// List the snapshots
     Ls(ls::LsArgs),
     /// Show what a snapshot holds

@@ -1,5 +1,6 @@
 //! One file per command. Each does its work, then prints once: nothing, or one document.
 
+pub(crate) mod attach;
 pub(crate) mod bench;
 pub(crate) mod cloud_hypervisor;
 pub(crate) mod demo;
@@ -43,6 +44,7 @@ pub(crate) fn run(command: Command, context: &Context) -> Result<Status, Failure
     match command {
         Command::Hold(args) => hold::run(args, context),
         Command::Import(args) => import::run(args, context),
+        Command::Attach(args) => attach::run(&args, context),
         Command::Export(args) => export::run(&args, context),
         Command::Ls(args) => ls::run(&args, context),
         Command::Show(args) => show::run(&args, context),

@@ -12,7 +12,7 @@ pub const HEADER_BYTES: usize = 256;
 const CHECKED_BYTES: usize = HEADER_BYTES - 16;
 const MAGIC: [u8; 8] = *b"DORMOMAP";
 const VERSION: u32 = 1;
-const NAME_BYTES: usize = 127;
+const NAME_BYTES: usize = 128;
 const WHAT: &str = "overlay map";
 
 /// What an overlay belongs to. An overlay is opened only over the base that it names.
@@ -21,7 +21,7 @@ pub struct Identity {
     /// The snapshot whose image is the base, by the hash of its logical content: that stays when the store is laid out
     /// anew.
     pub snapshot: [u8; 32],
-    /// The image's name, at most 127 bytes of UTF-8.
+    /// The image's name, at most 128 bytes of UTF-8.
     pub image: String,
     /// Size of the disk in bytes.
     pub size_bytes: u64,
@@ -49,7 +49,7 @@ impl Identity {
     pub fn check(&self) -> Result<(), FormatError> {
         let malformed = |why| FormatError::Malformed { what: WHAT, why };
         if self.image.is_empty() || self.image.len() > NAME_BYTES {
-            return Err(malformed("the image's name has no byte or more than 127"));
+            return Err(malformed("the image's name has no byte or more than 128"));
         }
         if self.size_bytes == 0 {
             return Err(malformed("the disk has no bytes"));

@@ -19,8 +19,8 @@
 //! | 64 | 8 | token of the owner that wrote it |
 //! | 72 | 32 | snapshot whose image is the base |
 //! | 104 | 1 | n, length of the image's name |
-//! | 105 | 127 | the name, then zeros |
-//! | 232 | 8 | zeros |
+//! | 105 | 128 | the name, then zeros |
+//! | 233 | 7 | zeros |
 //! | 240 | 16 | first 16 bytes of BLAKE3 of the 240 before |
 //!
 //! Record:

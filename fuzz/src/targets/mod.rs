@@ -13,6 +13,8 @@ pub(crate) mod keeper;
 pub(crate) mod kept_states;
 pub(crate) mod keyring;
 pub(crate) mod name;
+pub(crate) mod nbd;
+pub(crate) mod overlay_map;
 pub(crate) mod pack;
 pub(crate) mod reference;
 pub(crate) mod regions;
