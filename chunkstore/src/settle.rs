@@ -41,6 +41,16 @@ pub enum Settled {
     Removed,
 }
 
+impl From<&Reference> for Standing {
+    fn from(reference: &Reference) -> Self {
+        Standing {
+            sequence: reference.sequence,
+            snapshot: Some(reference.snapshot.to_string()),
+            root: Some(reference.root.to_string()),
+        }
+    }
+}
+
 impl Found {
     fn standing(&self) -> Standing {
         Standing {

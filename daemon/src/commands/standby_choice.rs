@@ -1,6 +1,6 @@
 //! What a standby captures, and over which parent that is stored.
 
-use dormouse_chunkstore::Store;
+use dormouse_chunkstore::{Standing, Store};
 use dormouse_core::Name;
 use dormouse_firecracker::{
     ApiClient, Jail, VmmProcess,
@@ -22,10 +22,12 @@ pub(super) struct Choice {
     pub(super) kind: SnapshotKind,
     pub(super) parent: Option<Name>,
     pub(super) full_because: Option<&'static str>,
+    /// What the name stands for.
+    pub(super) before: Standing,
 }
 
-/// Chooses for a VM of which no other standby is under way, and makes the files that it is captured into: one that comes in between makes Firecracker count anew, and
-/// a difference over what was chosen before would be a machine that never was.
+/// Chooses for a VM of which no other standby is under way, and makes the files that it is captured into. One that comes in
+/// between makes Firecracker count anew, and a difference over what was chosen before would be a machine that never was.
 pub(super) fn choose(
     args: &StandbyArgs,
     api: &ApiClient,
@@ -48,7 +50,8 @@ pub(super) fn choose(
         }
         None => base.as_ref().and_then(|b| Name::new(&b.name).ok()).filter(|name| stands_for_base(name)),
     };
-    if !args.replace && parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
+    let before = store.standing(&args.name)?;
+    if !args.replace && parent.as_ref() != Some(&args.name) && before.snapshot.is_some() {
         return Err(Failure::exists(&args.name));
     }
     let full_because = if args.full {
@@ -72,7 +75,7 @@ pub(super) fn choose(
     };
     let kind = if full_because.is_some() { SnapshotKind::Full } else { SnapshotKind::Diff };
     let files = CaptureFiles::prepare(kind, &machine, process, jail).map_err(|e| vmm_failure(&e))?;
-    Ok((Choice { is_running: machine.is_running, kind, parent, full_because }, files))
+    Ok((Choice { is_running: machine.is_running, kind, parent, full_because, before }, files))
 }
 
 /// Firecracker leaves drives that another process serves out of its snapshots, or ends when it is asked for one.

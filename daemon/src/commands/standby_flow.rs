@@ -105,6 +105,7 @@ impl<'a> Flow<'a> {
         interruption.free(move || on_signal.leave(&signal_api))?;
         let prepared = choose(args, &api, &process, jail.as_ref(), &tracking, &store).and_then(|chosen| {
             note.was_running = chosen.0.is_running || left_paused;
+            (note.before, note.ends) = (Some(chosen.0.before.clone()), !args.keep_running);
             under_way.note(&note).map_err(|e| cannot_note(&e))?;
             Ok(chosen)
         });

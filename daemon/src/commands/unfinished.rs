@@ -96,8 +96,22 @@ pub(crate) fn finish(
         document.stream = unfinished.end(process, tracking, store)?;
         return Ok(Earlier::Finished(Box::new(document)));
     }
+    // That it runs, or has run since, somebody has seen to.
+    if unfinished.left == (Left::Unclear { stands: true }) {
+        return Err(unclear(&unfinished.note.name));
+    }
     let left_paused = unfinished.left == Left::Undone && unfinished.note.was_running;
     Ok(Earlier::Replaced { under_way: unfinished.under_way, left_paused })
+}
+
+/// Others moved the name before anybody could see what became of the standby.
+pub(crate) fn unclear(name: &str) -> Failure {
+    let message = format!(
+        "a standby of this VM as {name} was cut off, and {name} was moved or removed since: whether the snapshot was durable in \
+         between, and is awake elsewhere, nobody can tell; the VM stands still: end it, or let it go on (PATCH /vm) if you \
+         know that there is no other"
+    );
+    Failure::new("vmm", message)
 }
 
 /// What is known of a snapshot that was in doubt.
@@ -129,6 +143,9 @@ pub(crate) fn resolve(
     })?;
     if unfinished.left == Left::Undone {
         return Ok(Resolved::NotStored(unfinished.under_way));
+    }
+    if matches!(unfinished.left, Left::Unclear { .. }) {
+        return Err(unclear(&unfinished.note.name));
     }
     let Some(mut document) = unfinished.answer() else {
         unfinished.done();

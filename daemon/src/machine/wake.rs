@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dormouse_chunkstore::{Snapshot, Store};
+use dormouse_chunkstore::{Snapshot, Standing, Store};
 use dormouse_core::Name;
 use dormouse_firecracker::{ConsoleInput, Firecracker, Incoming, KeepWith, Session, tracking::Base};
 use dormouse_keeper::Keeper;
@@ -181,8 +181,22 @@ pub(crate) fn wake(
 /// The snapshot and its device state.
 fn open(request: &Wake, store: &Store) -> Result<(Opened, Vec<u8>), Failure> {
     let opened = request.serving.open(store, &request.name, false)?;
+    refuse_older(&request.name, opened.snapshot())?;
     let state = opened.state(VMSTATE)?;
     Ok((opened, state))
+}
+
+/// A snapshot is not woken while a guest on this host is newer than it and waits for its standby to be finished.
+fn refuse_older(name: &Name, snapshot: &Snapshot) -> Result<(), Failure> {
+    let standing = Standing::from(snapshot.reference());
+    // Where nothing can be noted, no standby is under way.
+    let newer = tracking().ok().and_then(|tracking| tracking.newer_guest(name, &standing));
+    let Some(pid) = newer else { return Ok(()) };
+    let message = format!(
+        "the guest of process {pid} on this host is newer than {name}, and a standby of it as {name} is under way or was cut \
+         off: wait, or give that standby again, which finishes it or lets the guest go on"
+    );
+    Err(Failure { retryable: true, ..Failure::new("busy", message) })
 }
 
 /// The next standby may then capture only what changed.

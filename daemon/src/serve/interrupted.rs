@@ -11,7 +11,7 @@ use super::{
     vm::{Finishing, Vm},
 };
 use crate::{
-    commands::unfinished::Unfinished,
+    commands::unfinished::{Unfinished, unclear},
     machine::vmm::{process_at, tracking},
 };
 
@@ -118,6 +118,11 @@ fn do_what_is_left(
                     vm.into_iter().for_each(|vm| vm.lock().standby = None);
                 }
             }
+        }
+        Left::Unclear { .. } => {
+            let failure = unclear(&name);
+            tracing::error!(pid, name, %failure, "a standby that was cut off is left to you");
+            unfinished.done();
         }
         Left::RanOn { snapshot } => {
             tracing::error!(

@@ -19,6 +19,8 @@ pub(crate) enum Hold {
     Nothing,
     /// It is not done, and never answered.
     BeforeItIsDone,
+    /// It is on its way until [`HeldStore::land`], and never answered.
+    UntilItIsLate,
     /// It is done: the snapshot is durable. It is never answered.
     BeforeItIsAnswered,
     /// It is done and its connection is closed; the store is away from then on.
@@ -36,6 +38,8 @@ struct Shared {
     directory: PathBuf,
     read_delay: Duration,
     hold: Mutex<Hold>,
+    /// A write that is on its way.
+    late: Mutex<Option<(PathBuf, Request)>>,
     held: AtomicUsize,
     away: AtomicBool,
     /// The reference whose next reading waits, and for what.
@@ -49,7 +53,8 @@ impl HeldStore {
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (hold, held) = (Mutex::new(Hold::Nothing), AtomicUsize::new(0));
         let (away, read) = (AtomicBool::new(false), Mutex::new(None));
-        let shared = Arc::new(Shared { directory, read_delay, hold, held, away, read });
+        let late = Mutex::new(None);
+        let shared = Arc::new(Shared { directory, read_delay, hold, late, held, away, read });
         let serving = shared.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -69,6 +74,13 @@ impl HeldStore {
         let (release, released) = channel();
         *self.shared.read.lock().unwrap() = Some((format!("refs/{name}"), released));
         release
+    }
+
+    /// The write that was on its way arrives: its answer.
+    pub(crate) fn land(&self) -> &'static str {
+        let _one = self.shared.one_at_a_time();
+        let (file, request) = self.shared.late.lock().unwrap().take().unwrap();
+        put(&file, &request)
     }
 
     /// It answers again.
@@ -146,13 +158,18 @@ impl Shared {
                 let of_reference = key.contains("refs/");
                 let held =
                     if of_reference { std::mem::replace(&mut *hold, Hold::Nothing) } else { Hold::Nothing };
-                let done = !matches!(held, Hold::BeforeItIsDone | Hold::AwayBeforeItIsDone);
+                let not_yet = [Hold::BeforeItIsDone, Hold::UntilItIsLate, Hold::AwayBeforeItIsDone];
+                let done = !not_yet.contains(&held);
                 let status = if done { put(&file, &request) } else { "" };
                 // Others go on.
                 drop(hold);
                 match held {
                     Hold::Nothing => {}
                     Hold::BeforeItIsDone | Hold::BeforeItIsAnswered => return self.never(),
+                    Hold::UntilItIsLate => {
+                        *self.late.lock().unwrap() = Some((file, request));
+                        return self.never();
+                    }
                     Hold::ThenAway | Hold::AwayBeforeItIsDone => {
                         self.away.store(true, Ordering::SeqCst);
                         return None;

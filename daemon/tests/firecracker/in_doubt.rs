@@ -7,10 +7,11 @@ use serde_json::{Value, json};
 
 use crate::generations::wake;
 use crate::held_store::{HeldStore, Hold};
-use crate::interrupted::{start, state};
-use crate::scene::{PATIENCE, document, scene, wait_until};
+use crate::interrupted::{kill_in_standby, start, state};
+use crate::scene::{PATIENCE, Running, document, scene, wait_until};
 use crate::serve_uffd::parked;
 use crate::served::{Mortal, is_there};
+use crate::slow_s3::use_store;
 use crate::two_standbys::{error, standby};
 
 #[test]
@@ -75,4 +76,80 @@ fn a_daemon_finishes_a_standby_in_doubt_as_soon_as_its_store_is_back() {
     assert_eq!(console.times("."), passes, "it did not run again");
     let standby = daemon.post("/v1/vms/one/standby", &json!({"name": "later"}));
     assert_eq!((&standby["ended"], &standby["finished_later"]), (&json!(true), &json!(true)), "{standby}");
+}
+
+/// The write that was on its way landed after the next had looked, and the guest ran on all the same.
+#[test]
+fn a_reference_write_that_is_late_lands_nowhere() {
+    let Some(scene) = scene() else { return };
+    parked(&scene);
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    let (vm, console) = kill_in_standby(&scene, &store, Hold::UntilItIsLate);
+    let _end = Mortal::of(&vm);
+    let passes = console.times(".");
+    let daemon = start(&scene, &store);
+    console.wait_for(".", passes + 2);
+    assert_eq!(store.land(), "412 Precondition Failed");
+    assert_eq!(error(&mut scene.dormouse("home", &["show", "later"]))["kind"], "no_such_snapshot");
+    assert_eq!(daemon.get("/v1/vms/one")["state"], "running");
+    console.assert_no_wrong_page();
+}
+
+/// Another host had woken the snapshot, and removed it or put it to sleep again: the guest ran on here.
+fn stands_still_once_others(others: &[&str]) {
+    let Some(scene) = scene() else { return };
+    parked(&scene);
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    let (vm, console) = kill_in_standby(&scene, &store, Hold::BeforeItIsAnswered);
+    let _end = Mortal::of(&vm);
+    let passes = console.times(".");
+    let mut elsewhere = scene.dormouse("elsewhere", others);
+    use_store(&mut elsewhere, &store.address);
+    let done = elsewhere.output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+    let daemon = start(&scene, &store);
+    let told = |line: &Value| line.to_string().contains("is left to you");
+    wait_until("a word on it", || daemon.logged().iter().any(told));
+    assert_eq!((state(&vm), console.times(".")), (json!("Paused"), passes));
+}
+
+#[test]
+fn a_guest_whose_snapshot_others_removed_stands_still() {
+    stands_still_once_others(&["rm", "later"]);
+}
+
+#[test]
+fn a_guest_whose_name_others_moved_stands_still() {
+    stands_still_once_others(&["import", "later", "--replace", "--disk", "d=guest.elf"]);
+}
+
+/// It woke, beside a guest that is newer.
+#[test]
+fn a_name_whose_newer_guest_waits_here_is_not_woken() {
+    let Some(scene) = scene() else { return };
+    let machine = scene.boot(true);
+    machine.console.wait_for(".", 1);
+    let store = HeldStore::start(scene.path("store"), Duration::ZERO);
+    document(&standby(&scene, &store, "later", &["--keep-running"]).output().unwrap());
+    machine.console.goes_on(1);
+    store.hold(Hold::BeforeItIsDone);
+    let replacing = Running::start(standby(&scene, &store, "later", &["--replace"]));
+    store.wait_held();
+    let refused = || {
+        let arguments = ["resume", "firecracker", "--no-daemon", "later", "--firecracker", scene.binary()];
+        let mut resume = scene.dormouse("home", &arguments);
+        use_store(&mut resume, &store.address);
+        let failure = error(&mut resume);
+        assert_eq!((&failure["kind"], &failure["retryable"]), (&json!("busy"), &json!(true)), "{failure}");
+        assert!(failure["message"].as_str().unwrap().contains("is newer than later"), "{failure}");
+    };
+    refused();
+    replacing.kill();
+    refused();
+    let done = document(&standby(&scene, &store, "later", &["--replace"]).output().unwrap());
+    assert_eq!(done["ended"], true, "{done}");
+    let awake = wake(&scene, "later", "home", &[]);
+    awake.console.wait_for(".", 1);
+    awake.console.assert_no_wrong_page();
+    awake.end();
 }

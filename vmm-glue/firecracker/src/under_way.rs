@@ -3,16 +3,19 @@
 //! A standby pauses its guest, stores it, and ends it. Killed after the snapshot is durable and before the VM has ended, it
 //! leaves a guest that stands still and must not run again, since somebody may wake the snapshot elsewhere; killed before,
 //! one that has to go on. Which of the two it is the store says: it has the snapshot if what the name stands for has the
-//! very device state that was captured. Whether the guest still stands as it was captured its vCPU threads say: one that
+//! very device state that was captured. It has not, and never will, only if the name stands for what it stood for before,
+//! and was written again so that a write which is still on its way fails. If others moved the name meanwhile, the snapshot
+//! may have been there in between and be awake elsewhere: then nobody but a person lets the guest go on. Whether the guest still stands as it was captured its vCPU threads say: one that
 //! did nothing since was never put on a processor.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use dormouse_chunkstore::{Store, StoreError};
+use dormouse_chunkstore::{Settled, Standing, Store, StoreError};
 use dormouse_core::Name;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -40,6 +43,12 @@ pub struct StandbyNote {
     pub request: Value,
     /// Whether the guest ran before.
     pub was_running: bool,
+    /// What the name stood for before. None until that was asked, and in notes of earlier versions of Dormouse.
+    #[serde(default)]
+    pub before: Option<Standing>,
+    /// Whether its VM is to end once it is durable: what the name stands for until then is older than the guest.
+    #[serde(default)]
+    pub ends: bool,
     /// What was captured to be ended. None before, and of a guest that is to run on.
     pub captured: Option<Captured>,
 }
@@ -58,8 +67,14 @@ pub struct Captured {
 /// What is left to do of a standby whose process was killed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Left {
-    /// Nothing is stored: the guest goes on, if it ran before.
+    /// Nothing is stored, and nothing will be: the guest goes on, if it ran before.
     Undone,
+    /// Others have moved or removed the name since. Whether this standby was durable in between, and its snapshot is awake
+    /// elsewhere, nobody can tell: the guest is neither ended nor let go on.
+    Unclear {
+        /// Whether it stands still as it was captured.
+        stands: bool,
+    },
     /// It is durable as this snapshot, and the guest stands still as it was stored: end it, and never let it run.
     End {
         /// The snapshot's id.
@@ -82,6 +97,8 @@ impl StandbyNote {
             by: None,
             request: Value::Null,
             was_running,
+            before: None,
+            ends: false,
             captured: None,
         }
     }
@@ -89,27 +106,39 @@ impl StandbyNote {
     /// What is left to do, if nobody does it any more. `state_id` is what the device state is called in snapshots.
     ///
     /// # Errors
-    /// The store's: nobody can tell as long as it is away, and the guest must stay as it is.
+    /// The store's: nobody can tell as long as it is away, or before it was written to, and the guest must stay as it is.
     pub fn left(&self, process: &VmmProcess, store: &Store, state_id: &str) -> Result<Left, StoreError> {
+        // The name is not written before that is noted.
         let Some(captured) = &self.captured else { return Ok(Left::Undone) };
         let Ok(name) = Name::new(&self.name) else { return Ok(Left::Undone) };
-        let snapshot = match store.open_snapshot(&name) {
-            Err(StoreError::NoSuchSnapshot { .. }) => return Ok(Left::Undone),
-            opened => opened?,
-        };
-        let state = match snapshot.read_blob(state_id) {
-            Err(StoreError::NoSuchPart { .. }) => return Ok(Left::Undone),
-            read => read?,
-        };
-        if hash_of(&state) != captured.state {
+        if let Some(before) = &self.before
+            && store.settle_reference(&name, before)? == Settled::Undone
+        {
             return Ok(Left::Undone);
         }
-        let snapshot = snapshot.reference().snapshot.to_string();
         // What cannot be read is not known to have stood still.
-        let stands =
-            captured.vcpus.as_ref().is_some_and(|then| VcpuMarks::of(process).is_ok_and(|now| now == *then));
-        Ok(if stands { Left::End { snapshot } } else { Left::RanOn { snapshot } })
+        let stands = || {
+            captured.vcpus.as_ref().is_some_and(|then| VcpuMarks::of(process).is_ok_and(|now| now == *then))
+        };
+        match stored_as(store, &name, state_id, &captured.state)? {
+            Some(snapshot) if stands() => Ok(Left::End { snapshot }),
+            Some(snapshot) => Ok(Left::RanOn { snapshot }),
+            None => Ok(Left::Unclear { stands: stands() }),
+        }
     }
+}
+
+/// The snapshot that `name` stands for, if its device state is the one with the hash `state`.
+fn stored_as(store: &Store, name: &Name, state_id: &str, state: &str) -> Result<Option<String>, StoreError> {
+    let snapshot = match store.open_snapshot(name) {
+        Err(StoreError::NoSuchSnapshot { .. }) => return Ok(None),
+        opened => opened?,
+    };
+    let stored = match snapshot.read_blob(state_id) {
+        Err(StoreError::NoSuchPart { .. }) => return Ok(None),
+        read => read?,
+    };
+    Ok((hash_of(&stored) == state).then(|| snapshot.reference().snapshot.to_string()))
 }
 
 /// How [`Captured::state`] names a device state.
@@ -167,6 +196,22 @@ impl Tracking {
     pub fn all_standbys_left(&self) -> Vec<(StandbyUnderWay, StandbyNote)> {
         let files = fs::read_dir(self.directory()).into_iter().flatten().flatten().map(|f| f.path());
         files.filter(|path| path.extension().is_some_and(|e| e == EXTENSION)).filter_map(take).collect()
+    }
+
+    /// The guest on this host that is newer than what `name` stands for, if that is `standing`: it stands still, or soon
+    /// will, for a standby that is under way or was cut off. The number of its process.
+    pub fn newer_guest(&self, name: &Name, standing: &Standing) -> Option<i32> {
+        let files = fs::read_dir(self.directory()).into_iter().flatten().flatten().map(|f| f.path());
+        files.filter(|path| path.extension().is_some_and(|e| e == EXTENSION)).find_map(|path| {
+            let note = read(&path, &File::open(&path).ok()?)?;
+            let replaces = note.ends && note.name == name.as_str() && note.before.as_ref() == Some(standing);
+            if !replaces {
+                return None;
+            }
+            // One whose process has ended is in nobody's way.
+            let process = VmmProcess::of(&UnixStream::connect(&note.api_socket).ok()?).ok()?;
+            (self.standby_path(&process).as_ref() == Some(&path)).then(|| process.peer().pid)
+        })
     }
 
     fn standby_path(&self, process: &VmmProcess) -> Option<PathBuf> {

@@ -9,7 +9,8 @@ use std::{
 
 use clap::Args;
 use dormouse_chunkstore::{
-    BlobBytes, DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Store, StoreError, StreamReport,
+    BlobBytes, DEFAULT_LEVEL, ImageSource, ImportReport, ImportRequest, Settled, Standing, Store, StoreError,
+    StreamReport,
 };
 use dormouse_cloud_hypervisor::{Received, VmmApi, VmmApiError, receive};
 use dormouse_core::{ImageKind, Name};
@@ -111,7 +112,7 @@ pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failu
     }
     // What can be refused is refused before the guest is touched.
     let store = context.open_store()?;
-    check_names(args, &store)?;
+    let before = check_names(args, &store)?;
     let api = args.api_socket.as_ref().map(|socket| VmmApi::new(socket, API_PATIENCE));
     api.iter().try_for_each(VmmApi::check_started).map_err(|e| vmm_failure(&e))?;
     let scratch = scratch()?;
@@ -127,7 +128,7 @@ pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failu
     drop(listener);
     let arrived = begun.elapsed();
     let importing = Instant::now();
-    let (report, received) = store_vm(args, &store, received, context)?;
+    let (report, received) = store_vm(args, &store, &before, received, context)?;
     let (import_us, durable) = (micros(importing.elapsed()), begun.elapsed());
     tracing::info!(durable_us = micros(durable), "durable in the store");
 
@@ -185,14 +186,16 @@ fn received_for(paused: Instant, begun: Instant, arrived: Duration) -> Duration 
     arrived.saturating_sub(paused.saturating_duration_since(begun))
 }
 
-fn check_names(args: &StandbyArgs, store: &Store) -> Result<(), Failure> {
+/// What the name stands for before.
+fn check_names(args: &StandbyArgs, store: &Store) -> Result<Standing, Failure> {
     if let Some(parent) = &args.parent {
         store.open_snapshot(parent)?;
     }
-    if !args.replace && args.parent.as_ref() != Some(&args.name) && store.open_snapshot(&args.name).is_ok() {
+    let before = store.standing(&args.name)?;
+    if !args.replace && args.parent.as_ref() != Some(&args.name) && before.snapshot.is_some() {
         return Err(Failure::exists(&args.name));
     }
-    Ok(())
+    Ok(before)
 }
 
 /// Has Cloud Hypervisor send the VM here.
@@ -254,12 +257,13 @@ fn wait_for_vm(
 fn store_vm(
     args: &StandbyArgs,
     store: &Store,
+    before: &Standing,
     received: Received,
     context: &Context,
 ) -> Result<(ImportReport, Received), Failure> {
     let request = request(args, &received);
     let report = request.and_then(|request| match store.import(&request, &context.progress("storing")) {
-        Err(doubt @ StoreError::InDoubt { .. }) => resolve(&request, store, doubt),
+        Err(doubt @ StoreError::InDoubt { .. }) => resolve(&request, store, before, doubt),
         imported => Ok(imported?),
     });
     match report {
@@ -280,20 +284,32 @@ fn store_vm(
 }
 
 /// The VM stands still for as long as its connection is not answered, so whoever asked waits, until the store says
-/// whether the snapshot is durable after all: let go on before, there might be two of one machine.
-fn resolve(request: &ImportRequest, store: &Store, doubt: StoreError) -> Result<ImportReport, Failure> {
+/// whether the snapshot is durable after all: let go on before, there might be two of one machine. That it is not is known
+/// only once the name was written again, so that a write which is still on its way fails.
+fn resolve(
+    request: &ImportRequest,
+    store: &Store,
+    before: &Standing,
+    doubt: StoreError,
+) -> Result<ImportReport, Failure> {
     loop {
-        match stored_as(request, store) {
-            Ok(Some(snapshot)) => {
+        let settled = store.settle_reference(&request.name, before);
+        match settled.and_then(|settled| Ok((settled, stored_as(request, store)?))) {
+            Ok((Settled::Undone, _)) => return Err(doubt.into()),
+            Ok((_, Some(snapshot))) => {
                 let name = request.name.to_string();
                 return Ok(ImportReport { name, snapshot, ..ImportReport::default() });
             }
-            Ok(None) => return Err(doubt.into()),
+            Ok((_, None)) => tracing::error!(
+                "others moved {} meanwhile: whether the snapshot was durable in between, and is awake elsewhere, nobody can \
+                 tell; the VM stands still: end it, or end this command, and it goes on",
+                request.name
+            ),
             Err(error) => {
                 tracing::warn!(%error, "it is not known whether the snapshot is stored; the VM stands still until it is");
-                thread::sleep(TRY_INTERVAL);
             }
         }
+        thread::sleep(TRY_INTERVAL);
     }
 }
 
