@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::Instant};
 
-use dormouse_firecracker::{ApiClient, Session, capture};
+use dormouse_firecracker::{ApiClient, Session, machine};
 use dormouse_keeper::Keeper;
 
 use super::{
@@ -55,7 +55,7 @@ pub(super) fn vm(
 /// A guest that stands still is left to whoever paused it: a standby may be under way. If nobody did, its earlier server
 /// was ended before it could let it go on.
 fn tell_of_pause(api_socket: &Path) {
-    if let Ok(false) = capture::is_running(&ApiClient::new(api_socket, API_PATIENCE)) {
+    if let Ok(false) = machine::is_running(&ApiClient::new(api_socket, API_PATIENCE)) {
         tracing::warn!("the guest is paused; `PATCH /vm` with {{\"state\": \"Resumed\"}} lets it go on");
     }
 }

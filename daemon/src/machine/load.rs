@@ -8,7 +8,7 @@ use std::{
 
 use dormouse_firecracker::{
     ApiClient, ApiError, ConsoleInput, Firecracker, FirecrackerOptions, Handshake, HandshakeListener,
-    Incoming, Jail, Refusal, Session, VmmProcess, capture, handshake::Peer, memfile::MemFile,
+    Incoming, Jail, Refusal, Session, VmmProcess, handshake::Peer, machine, memfile::MemFile,
 };
 
 use super::{
@@ -50,7 +50,7 @@ pub(super) fn vmm(wake: &Wake, scratch: &Path, input: ConsoleInput, own_group: b
         }
     };
     let api = ApiClient::new(&api_socket, API_PATIENCE);
-    if started.is_none() && capture::is_running(&api).is_ok() {
+    if started.is_none() && machine::is_running(&api).is_ok() {
         // Whose load failed is ended, so it is not even tried.
         let message = format!("the Firecracker at {} has a guest already", api_socket.display());
         return Err(Failure::new("vmm", message));

@@ -4,7 +4,7 @@
 
 use std::{path::Path, sync::Arc, thread, time::Duration};
 
-use dormouse_firecracker::{ApiClient, VmmProcess, capture, tracking::Tracking, under_way::Left};
+use dormouse_firecracker::{ApiClient, VmmProcess, machine, tracking::Tracking, under_way::Left};
 
 use super::{
     state::Daemon,
@@ -140,7 +140,7 @@ fn do_what_is_left(
 /// Nothing was stored, for which the guest may stand still.
 fn go_on(pid: i32, unfinished: Unfinished) {
     let api = ApiClient::new(&unfinished.note.api_socket, API_PATIENCE);
-    let resumed = match capture::is_running(&api) {
+    let resumed = match machine::is_running(&api) {
         Ok(false) if unfinished.note.was_running => api.resume().map_err(|e| e.to_string()),
         Ok(_) => Ok(()),
         Err(error) => Err(error.to_string()),

@@ -2,11 +2,13 @@
 
 use std::sync::atomic::Ordering;
 
+use dormouse_core::page::PageIndex;
 use dormouse_restore::VmStopped;
+use dormouse_restore::state::PageState;
 
-use super::counts::ImageReport;
+use super::counts::{FaultCounts, ImageReport};
 use super::filling;
-use super::on_demand::{OnDemand, Running, Served, lock};
+use super::on_demand::{OnDemand, Running, Served, lock, region};
 
 impl OnDemand {
     /// Lets go of the memory: of a VM that has all of it, or is gone. Whoever waits for a page is not answered.
@@ -26,6 +28,24 @@ impl OnDemand {
             drop(memory);
             *lock(&image.ended) = Some(ImageReport { image: name.clone(), counters, timeline, failures });
         }
+    }
+
+    /// Whether all that is plugged for good is there, of image number `number`.
+    fn is_whole(&self, number: usize, running: &Running) -> bool {
+        let slots = self.slots.iter().filter(|s| s.image == number && !s.at.pluggable).map(|s| region(&s.at));
+        let mut pages = slots.flat_map(|at| (at.image_first.0..at.image_first.0 + at.pages.0).map(PageIndex));
+        let is_there = |state| matches!(state, Some(PageState::Installed | PageState::Removed));
+        pages.all(|page| is_there(running.handle.page_state(page)))
+    }
+
+    /// Why the VM was ended from here, if it was.
+    pub fn ended_because(&self) -> Option<String> {
+        lock(&self.failing.why).clone()
+    }
+
+    /// What was asked for so far.
+    pub fn counts(&self) -> FaultCounts {
+        self.counts.now()
     }
 
     /// What befell the images, so far or until the end.

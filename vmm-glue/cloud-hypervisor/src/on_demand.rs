@@ -27,7 +27,7 @@ use dormouse_restore::{
 use rustix::fs::SeekFrom;
 
 use super::ahead::Ahead;
-use super::counts::{Counts, FaultCounts, ImageReport};
+use super::counts::{Counts, ImageReport};
 use super::filling;
 use super::memory::MemorySlot;
 pub use super::on_demand_error::{OnDemandError, ProvideError};
@@ -91,7 +91,7 @@ pub(super) struct ServedSlot {
 #[derive(Debug, Default)]
 pub(super) struct Failing {
     /// Why the VM was ended rather than given a wrong page.
-    why: Mutex<Option<String>>,
+    pub(super) why: Mutex<Option<String>>,
     /// Nobody is served any more, so that a page which does not come harms nobody.
     pub(super) over: AtomicBool,
 }
@@ -189,24 +189,6 @@ impl OnDemand {
     /// The memory file of image number `image`.
     pub fn file(&self, image: usize) -> Option<&File> {
         self.images.get(image).map(|i| &i.file)
-    }
-
-    /// Whether all that is plugged for good is there, of image number `number`.
-    pub(super) fn is_whole(&self, number: usize, running: &Running) -> bool {
-        let slots = self.slots.iter().filter(|s| s.image == number && !s.at.pluggable).map(|s| region(&s.at));
-        let mut pages = slots.flat_map(|at| (at.image_first.0..at.image_first.0 + at.pages.0).map(PageIndex));
-        let is_there = |state| matches!(state, Some(PageState::Installed | PageState::Removed));
-        pages.all(|page| is_there(running.handle.page_state(page)))
-    }
-
-    /// Why the VM was ended from here, if it was.
-    pub fn ended_because(&self) -> Option<String> {
-        lock(&self.failing.why).clone()
-    }
-
-    /// What was asked for so far.
-    pub fn counts(&self) -> FaultCounts {
-        self.counts.now()
     }
 
     /// Puts the pages of `range` into their memory file, if they are not there, waiting for as long as it takes. Whether
@@ -383,7 +365,7 @@ impl std::fmt::Debug for OnDemand {
 }
 
 /// Where `slot` lies in its image.
-fn region(slot: &MemorySlot) -> RegionSpec {
+pub(super) fn region(slot: &MemorySlot) -> RegionSpec {
     RegionSpec {
         image_first: PageIndex(slot.file_offset / PAGE),
         pages: PageCount(slot.bytes / PAGE),

@@ -4,7 +4,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::api::{ApiClient, ApiError, SnapshotKind};
-use super::capture_files::{CaptureFiles, LimitError};
+use super::capture_files::CaptureFiles;
+use super::machine::{MachineError, is_running};
 use super::memfile::MemFile;
 
 /// A snapshot in memory.
@@ -42,13 +43,10 @@ pub enum CaptureError {
     #[error(transparent)]
     Api(#[from] ApiError),
     /// There is no guest to capture.
-    #[error("this Firecracker is {0:?}: only a guest that was started can be put on standby")]
-    NotStarted(String),
-    /// A limit would be broken; the guest was not touched.
     #[error(transparent)]
-    Limit(#[from] LimitError),
-    /// Memory for the snapshot could not be had.
-    #[error("no memory file could be made for the snapshot: {0}")]
+    Machine(#[from] MachineError),
+    /// The snapshot's files cannot be read.
+    #[error("the snapshot's memory file cannot be read: {0}")]
     Scratch(#[from] io::Error),
     /// The guest ran before, and stands still now or may: it could not be told to go on.
     #[error("{why}; the guest stands still, or may: it could not be told to go on ({resume}); ask again")]
@@ -72,28 +70,11 @@ impl CaptureError {
     /// Whether Firecracker could not be asked any more: it may have ended.
     pub fn hung_up(&self) -> bool {
         match self {
-            CaptureError::Api(error) | CaptureError::StandsStill { resume: error, .. } => {
-                !matches!(error, ApiError::Refused { .. })
-            }
+            CaptureError::Api(error)
+            | CaptureError::Machine(MachineError::Api(error))
+            | CaptureError::StandsStill { resume: error, .. } => !matches!(error, ApiError::Refused { .. }),
             _ => false,
         }
-    }
-}
-
-/// Whether the guest runs (or could), as `GET /` has it.
-///
-/// # Errors
-/// [`CaptureError::Api`], [`CaptureError::NotStarted`].
-pub fn is_running(api: &ApiClient) -> Result<bool, CaptureError> {
-    state_of(&api.get("/")?)
-}
-
-/// The same, of what `GET /` answered.
-pub(super) fn state_of(instance: &serde_json::Value) -> Result<bool, CaptureError> {
-    match instance.get("state").and_then(|s| s.as_str()) {
-        Some("Running") => Ok(true),
-        Some("Paused") => Ok(false),
-        other => Err(CaptureError::NotStarted(other.unwrap_or("in an unknown state").to_owned())),
     }
 }
 

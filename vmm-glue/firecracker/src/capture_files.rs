@@ -1,12 +1,12 @@
 //! The files in memory that Firecracker writes a snapshot to, made while its guest still runs: what limits forbid is
 //! refused before the pause.
 
+use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::process::{Resource, getrlimit};
 
 use super::api::SnapshotKind;
-use super::capture::CaptureError;
 use super::jail::Jail;
 use super::machine::Machine;
 use super::memfile::MemFile;
@@ -57,18 +57,29 @@ pub enum LimitError {
     },
 }
 
+/// Why there are no files for a capture.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    /// A limit would be broken.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    /// Memory for the snapshot could not be had.
+    #[error("no memory file could be made for the snapshot: {0}")]
+    Memory(#[from] io::Error),
+}
+
 impl CaptureFiles {
     /// Makes them for a capture of `machine`. Memory for a full capture is taken at once, so that it is charged to this
     /// process and not to Firecracker, whose control group may be no larger than its guest.
     ///
     /// # Errors
-    /// [`CaptureError::Limit`], [`CaptureError::Scratch`].
+    /// [`FilesError`]; the guest was not touched.
     pub fn prepare(
         kind: SnapshotKind,
         machine: &Machine,
         process: &VmmProcess,
         jail: Option<&Jail>,
-    ) -> Result<Self, CaptureError> {
+    ) -> Result<Self, FilesError> {
         let (pid, memory_bytes) = (process.peer().pid, machine.memory_bytes);
         check_file_size("Firecracker", file_bytes_max(pid), memory_bytes)?;
         let file = |name| jail.map_or_else(|| MemFile::new(name), |jail| jail.file(name));

@@ -3,7 +3,33 @@
 use serde_json::Value;
 
 use super::api::{ApiClient, ApiError};
-use super::capture::{CaptureError, state_of};
+
+/// Why a machine is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Firecracker refused, or could not be asked.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// There is no guest to capture.
+    #[error("this Firecracker is {0:?}: only a guest that was started can be put on standby")]
+    NotStarted(String),
+}
+
+/// Whether the guest runs (or could), as `GET /` has it.
+///
+/// # Errors
+/// [`MachineError`].
+pub fn is_running(api: &ApiClient) -> Result<bool, MachineError> {
+    state_of(&api.get("/")?)
+}
+
+fn state_of(instance: &Value) -> Result<bool, MachineError> {
+    match instance.get("state").and_then(Value::as_str) {
+        Some("Running") => Ok(true),
+        Some("Paused") => Ok(false),
+        other => Err(MachineError::NotStarted(other.unwrap_or("in an unknown state").to_owned())),
+    }
+}
 
 /// Firecracker's version, as `GET /` tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,8 +78,8 @@ impl Machine {
     /// Asks `api`.
     ///
     /// # Errors
-    /// [`CaptureError::Api`]; [`CaptureError::NotStarted`]: there is no guest.
-    pub fn of(api: &ApiClient) -> Result<Self, CaptureError> {
+    /// [`MachineError`].
+    pub fn of(api: &ApiClient) -> Result<Self, MachineError> {
         let instance = api.get("/")?;
         let is_running = state_of(&instance)?;
         let version = instance.get("vmm_version").and_then(Value::as_str).and_then(Version::parse);
