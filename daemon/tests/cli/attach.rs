@@ -41,7 +41,7 @@ fn clients_are_here() -> bool {
     let here = ["qemu-img", "qemu-io"].iter().all(|it| Command::new(it).arg("--version").output().is_ok());
     if !here {
         assert!(std::env::var_os("DORMOUSE_REQUIRE_NBD").is_none_or(|it| it != "1"), "no qemu-img, qemu-io");
-        eprintln!("SKIPPED: no qemu-img or qemu-io (apt-get install qemu-utils)");
+        dormouse_testkit::skipped!("no qemu-img or qemu-io (apt-get install qemu-utils)");
     }
     here
 }
