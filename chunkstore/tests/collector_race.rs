@@ -132,6 +132,8 @@ fn race(backend: &Arc<dyn Backend>, caches: &std::path::Path, what: &str) {
                         add(&counts.collections, 1);
                         add(&counts.deleted, report.deleted_objects);
                     }
+                    // No writer has come that far yet.
+                    Err(StoreError::NothingStored { .. }) => {}
                     Err(e) if is_busy(&e) => {}
                     Err(e) => panic!("collecting: {e:?}"),
                 }
@@ -152,6 +154,7 @@ fn race(backend: &Arc<dyn Backend>, caches: &std::path::Path, what: &str) {
                     }
                     // A snapshot that a writer replaced while it was looked at, and whose objects are gone already.
                     Err(StoreError::Missing { .. }) => add(&counts.again, 1),
+                    Err(StoreError::NothingStored { .. }) => {}
                     Err(e) if is_busy(&e) => {}
                     Err(e) => panic!("repacking: {e:?}"),
                 }

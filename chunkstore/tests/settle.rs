@@ -87,7 +87,7 @@ impl Backend for OnItsWay {
         self.inner.get_versioned(key)
     }
     fn swap(&self, key: &str, expected: Option<&Version>, bytes: Bytes) -> Result<bool> {
-        if !self.holds.load(Ordering::SeqCst) {
+        if !key.contains("/refs/") || !self.holds.load(Ordering::SeqCst) {
             return self.inner.swap(key, expected, bytes);
         }
         self.held.lock().unwrap().push((key.to_owned(), expected.cloned(), bytes));
