@@ -102,7 +102,6 @@ fn wrong_usage_is_exit_code_2_and_does_nothing() {
         &["import", "x", "--memory", "m", "--level", "99"],
         &["import", "x", "--memory", "m", "--diff", "memory"],
         &["import", "x", "--memory", "m", "--parent", "a", "--diff", "disk"],
-        &["import", "a", "--memory", "m"],
         &["export", "a"],
         &["du", "--price", "-1"],
         &["gc", "--grace", "soon"],
