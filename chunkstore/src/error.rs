@@ -226,6 +226,17 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file was written to while it was imported: what was read is no state that it ever had.
+    #[error(
+        "{path} changed while it was imported: {how}; nothing was stored. Stop what writes to it, or import a copy (or \
+         pass --allow-changing to store what is read all the same)"
+    )]
+    Changed {
+        /// The file.
+        path: String,
+        /// What is different.
+        how: String,
+    },
     /// Bytes could not be decoded, before it is known which object they belong to.
     #[error(transparent)]
     Format(#[from] FormatError),

@@ -83,6 +83,7 @@ impl From<StoreError> for Failure {
             StoreError::Config { .. } => ("config", None),
             StoreError::Full { .. } => ("full", None),
             StoreError::File { .. } => ("file", None),
+            StoreError::Changed { .. } => ("changed", None),
             StoreError::Format(why) => (damage_kind(why), None),
             StoreError::Bug(_) => ("bug", None),
             StoreError::Usage(_) => ("usage", None),

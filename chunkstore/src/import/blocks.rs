@@ -5,10 +5,9 @@
 //! arrive at the next stage out of order by at most the number of workers.
 
 use std::{
-    fs::File,
+    io,
     ops::Range,
     os::unix::fs::FileExt,
-    path::PathBuf,
     sync::{Mutex, PoisonError},
 };
 
@@ -19,6 +18,7 @@ use rustix::fs::SeekFrom;
 use super::{
     dirty::{data_pages, normalise, ranges_of},
     request::{Dirty, ImageSource},
+    watched::Watched,
 };
 use crate::error::{Result, StoreError};
 
@@ -28,24 +28,17 @@ pub(crate) const BLOCK_PAGES: u64 = 256;
 /// An image file opened for import.
 #[derive(Debug)]
 pub(crate) struct ImageFile {
-    file: File,
-    path: PathBuf,
+    watched: Watched,
     pub(crate) bytes: u64,
     /// Ranges of dirty pages, sorted and disjoint; `None` if all pages are to be looked at.
     pub(crate) dirty: Option<Vec<Range<u64>>>,
 }
 
 impl ImageFile {
-    pub(crate) fn open(source: &ImageSource) -> Result<Self> {
+    pub(crate) fn open(source: &ImageSource, allow_changing: bool) -> Result<Self> {
         let path = &source.path;
-        let error = |e| StoreError::file("reading", path, e);
-        let file = File::open(path).map_err(error)?;
-        let meta = file.metadata().map_err(error)?;
-        if meta.is_dir() {
-            return Err(StoreError::Usage(format!("{} is a directory, not an image", path.display())));
-        }
-        // A block device has no length of its own in its metadata.
-        let bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| error(e.into()))?;
+        let watched = Watched::open(path, allow_changing)?;
+        let bytes = watched.bytes;
         let pages = PageCount::covering(bytes).0;
         if pages > IMAGE_PAGES_MAX {
             return Err(StoreError::Usage(format!(
@@ -57,9 +50,9 @@ impl ImageFile {
             None => None,
             Some(Dirty::Ranges(ranges)) => Some(normalise(ranges, pages, path)?),
             Some(Dirty::Bitmap(bits)) => Some(ranges_of(bits, pages, path)?),
-            Some(Dirty::FileData) => Some(data_pages(&file, bytes, path)?),
+            Some(Dirty::FileData) => Some(data_pages(&watched.file, bytes, path)?),
         };
-        Ok(ImageFile { file, path: path.clone(), bytes, dirty })
+        Ok(ImageFile { watched, bytes, dirty })
     }
 
     /// Pages of the image.
@@ -75,30 +68,54 @@ impl ImageFile {
         }
     }
 
+    /// After all was read: whether the file is still what it was.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        self.watched.check()
+    }
+
     /// Where there may be anything but zeros again, from byte `offset` on.
-    fn next_data(&self, offset: u64) -> u64 {
-        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(next) => next,
-            Err(rustix::io::Errno::NXIO) => u64::MAX,
+    fn next_data(&self, offset: u64) -> Result<u64> {
+        match rustix::fs::seek(&self.watched.file, SeekFrom::Data(offset)) {
+            Ok(next) => Ok(next),
+            Err(rustix::io::Errno::NXIO) => {
+                // A hole up to the end, unless the end is not where it was.
+                let now = self.watched.file.metadata();
+                let now = now.map_err(|e| StoreError::file("reading", &self.watched.path, e))?;
+                if now.is_file() && now.len() < self.bytes {
+                    self.watched.ended_at(now.len())?;
+                }
+                Ok(u64::MAX)
+            }
             // Not every file system or device knows its holes.
-            Err(_) => offset,
+            Err(_) => Ok(offset),
         }
     }
 
-    /// Fills `out` from byte `offset`; what is past the end stays zero.
-    fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+    /// Fills `out`, which is zero, from byte `offset`; what is past the end stays zero.
+    fn read(&self, mut offset: u64, out: &mut [u8]) -> Result<()> {
         let end = (offset + out.len() as u64).min(self.bytes);
-        let wanted = &mut out[..(end - offset) as usize];
-        self.file.read_exact_at(wanted, offset).map_err(|e| StoreError::file("reading", &self.path, e))
+        let mut wanted = &mut out[..(end - offset) as usize];
+        while !wanted.is_empty() {
+            match self.watched.file.read_at(wanted, offset) {
+                Ok(0) => return self.watched.ended_at(offset),
+                Ok(read) => {
+                    wanted = &mut wanted[read..];
+                    offset += read as u64;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(StoreError::file("reading", &self.watched.path, e)),
+            }
+        }
+        Ok(())
     }
 
     /// The first page from `page` on that is to be looked at, where the sections in `was_zero` were zero before.
-    fn next_page(&self, mut page: u64, was_zero: &[bool]) -> u64 {
-        let data = self.next_data(page * PAGE_BYTES as u64) / PAGE_BYTES as u64;
+    fn next_page(&self, mut page: u64, was_zero: &[bool]) -> Result<u64> {
+        let data = self.next_data(page * PAGE_BYTES as u64)? / PAGE_BYTES as u64;
         while page < data && was_zero.get((page / SECTION_PAGES) as usize).is_some_and(|zero| *zero) {
             page = data.min((page / SECTION_PAGES + 1) * SECTION_PAGES);
         }
-        page
+        Ok(page)
     }
 }
 
@@ -127,14 +144,14 @@ impl<'a> BlockQueue<'a> {
         BlockQueue { images, was_zero, next: Mutex::new((0, 0, 0)), permits }
     }
 
-    fn take(&self) -> Option<BlockPlan> {
+    fn take(&self) -> Result<Option<BlockPlan>> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let (sequence, image, page) = &mut *next;
         loop {
-            let file = self.images.get(*image)?;
+            let Some(file) = self.images.get(*image) else { return Ok(None) };
             let start = match &file.dirty {
                 None if *page >= file.pages() => *page,
-                None => file.next_page(*page, &self.was_zero[*image]) / BLOCK_PAGES * BLOCK_PAGES,
+                None => file.next_page(*page, &self.was_zero[*image])? / BLOCK_PAGES * BLOCK_PAGES,
                 // Skip to the block with the next dirty page, so that clean blocks cost nothing.
                 Some(ranges) => {
                     let i = ranges.partition_point(|r| r.end <= *page);
@@ -154,14 +171,14 @@ impl<'a> BlockQueue<'a> {
             let plan = BlockPlan { sequence: *sequence, image: *image, pages: pages.clone(), dirty };
             *sequence += 1;
             *page = pages.end;
-            return Some(plan);
+            return Ok(Some(plan));
         }
     }
 
     /// Reads and hashes the next block; `None` when there are no more, or nobody takes them.
     pub(crate) fn next_block(&self, domain: &Domain) -> Option<Result<Block>> {
         self.permits.recv().ok()?;
-        self.take().map(|plan| self.read(&plan, domain))
+        self.take().and_then(|plan| plan.map(|plan| self.read(&plan, domain)).transpose()).transpose()
     }
 
     fn read(&self, plan: &BlockPlan, domain: &Domain) -> Result<Block> {
@@ -180,7 +197,7 @@ impl<'a> BlockQueue<'a> {
             let (first, last) =
                 ((range.start - plan.pages.start) as usize, (range.end - plan.pages.start) as usize);
             let offset = range.start * PAGE_BYTES as u64;
-            if file.next_data(offset) >= (range.end * PAGE_BYTES as u64).min(file.bytes) {
+            if file.next_data(offset)? >= (range.end * PAGE_BYTES as u64).min(file.bytes) {
                 block.pages[first..last].fill(PageHash::Zero);
                 continue;
             }

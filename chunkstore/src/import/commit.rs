@@ -19,6 +19,7 @@ use super::{
     layout::{LaidOut, Layout},
     pack_writer::Packing,
     request::{BlobBytes, BlobSource, ImportReport, ImportRequest},
+    watched::Watched,
 };
 use crate::{
     backend::Version,
@@ -46,7 +47,7 @@ impl Store {
         let mut meta = MetaPacks::new(self, packing);
         let mut blobs = Vec::new();
         for blob in &request.blobs {
-            blobs.push(store_blob(&mut meta, &self.domain, blob, request.level)?);
+            blobs.push(store_blob(&mut meta, &self.domain, blob, request)?);
         }
         enum Placed {
             Zero,
@@ -267,13 +268,16 @@ fn store_blob(
     meta: &mut MetaPacks<'_>,
     domain: &Domain,
     source: &BlobSource,
-    level: i32,
+    request: &ImportRequest,
 ) -> Result<(BlobEntry, Vec<usize>)> {
-    let mut reader: Box<dyn std::io::Read + '_> = match &source.bytes {
-        BlobBytes::Memory(bytes) => Box::new(&bytes[..]),
-        BlobBytes::File(path) => {
-            Box::new(std::fs::File::open(path).map_err(|e| StoreError::file("reading", path, e))?)
-        }
+    let watched = match &source.bytes {
+        BlobBytes::Memory(_) => None,
+        BlobBytes::File(path) => Some(Watched::open(path, request.allow_changing)?),
+    };
+    let mut reader: Box<dyn std::io::Read + '_> = match (&source.bytes, &watched) {
+        (BlobBytes::Memory(bytes), _) => Box::new(&bytes[..]),
+        (BlobBytes::File(_), Some(watched)) => Box::new(&watched.file),
+        (BlobBytes::File(_), None) => return Err(StoreError::Bug("a state's file was not opened")),
     };
     let (mut hasher, mut bytes, mut pieces) = (domain.content_hasher(), 0, Vec::new());
     loop {
@@ -293,8 +297,9 @@ fn store_blob(
             return Err(StoreError::Usage(format!("the state {} is larger than 1 GiB", source.id)));
         }
         hasher.update(&piece);
-        pieces.push(meta.push(FrameKind::Blob, &EncodedFrame::encode(domain, &piece, level))?);
+        pieces.push(meta.push(FrameKind::Blob, &EncodedFrame::encode(domain, &piece, request.level))?);
     }
+    watched.as_ref().map_or(Ok(()), Watched::check)?;
     let content = *hasher.finalize().as_bytes();
     Ok((BlobEntry { id: source.id.clone(), content, bytes, pieces: Vec::new() }, pieces))
 }

@@ -1,6 +1,6 @@
 //! Which pages of an image are to be looked at: ranges, a bitmap, or what a sparse file has data for.
 
-use std::{fs::File, ops::Range, path::Path};
+use std::{fs::File, ops::Range, os::unix::fs::MetadataExt as _, path::Path};
 
 use dormouse_core::{PAGE_BYTES, PageCount};
 use rustix::fs::SeekFrom;
@@ -78,8 +78,29 @@ pub(super) fn data_pages(file: &File, bytes: u64, path: &Path) -> Result<Vec<Ran
         ranges.push(start / PAGE_BYTES as u64..end.div_ceil(PAGE_BYTES as u64));
         at = end.max(start + 1);
     }
-    normalise(&ranges, PageCount::covering(bytes).0, path)
+    let ranges = normalise(&ranges, PageCount::covering(bytes).0, path)?;
+    let blocks = file.metadata().map_err(|e| StoreError::file("reading", path, e))?.blocks();
+    if tells_no_holes(&ranges, bytes, blocks) {
+        let why = format!(
+            "the file system of {} does not tell which parts of it are holes: all of it is shown as data, yet it takes \
+             {} of {bytes} bytes. Say what changed with --dirty or --dirty-bitmap",
+            path.display(),
+            blocks.saturating_mul(BLOCK_BYTES)
+        );
+        return Err(StoreError::Usage(why));
+    }
+    Ok(ranges)
 }
+
+/// Whether a file is shown to have no hole though it has less space than bytes: then its file system knows no holes, and
+/// what is shown as data may be one. A file system that compresses may be taken for such a one, which does no harm.
+fn tells_no_holes(ranges: &[Range<u64>], bytes: u64, blocks: u64) -> bool {
+    matches!(ranges, [all] if *all == (0..PageCount::covering(bytes).0))
+        && blocks.saturating_mul(BLOCK_BYTES) < bytes
+}
+
+/// What `st_blocks` counts, whatever a file system's own blocks are.
+const BLOCK_BYTES: u64 = 512;
 
 #[cfg(test)]
 mod tests {
@@ -102,6 +123,16 @@ mod tests {
         assert!(error(&[0; 3], 32).contains("has 3 bytes; its 32 pages of 4 KiB take 4, or 8"));
         assert!(error(&[0; 9], 32).contains("has 9 bytes"));
         assert!(error(&[0, 0, 0, 0x10], 28).contains("a bit for page 28, but there are 28 pages"));
+    }
+
+    #[test]
+    fn one_extent_over_a_file_that_takes_less_is_no_answer() {
+        assert!(tells_no_holes(&[0..256], 256 * 4096, 0), "ramfs counts no blocks at all");
+        assert!(tells_no_holes(&[0..256], 256 * 4096, 16), "two pages of 256 were written");
+        assert!(!tells_no_holes(&[0..256], 256 * 4096, 256 * 8), "a diff of all pages");
+        assert!(!tells_no_holes(&[0..1, 255..256], 256 * 4096, 16), "holes are told");
+        assert!(!tells_no_holes(&[0..1], 256 * 4096, 8), "the rest is a hole");
+        assert!(!tells_no_holes(&[], 0, 0), "an empty file");
     }
 
     proptest! {

@@ -12,6 +12,7 @@ mod layout;
 mod pack_writer;
 mod request;
 mod stragglers;
+mod watched;
 
 use std::{collections::BTreeMap, num::NonZero, thread};
 
@@ -87,7 +88,8 @@ impl Store {
         if parent.is_none() {
             self.learn_packs(index)?;
         }
-        let images = request.images.iter().map(ImageFile::open).collect::<Result<Vec<_>>>()?;
+        let images = request.images.iter().map(|image| ImageFile::open(image, request.allow_changing));
+        let images = images.collect::<Result<Vec<_>>>()?;
         let sections: usize = images.iter().map(|image| PageCount(image.pages()).sections() as usize).sum();
         if sections > SECTIONS_MAX {
             return Err(StoreError::Usage(
@@ -100,6 +102,7 @@ impl Store {
         progress.begin(images.iter().map(ImageFile::work_bytes).sum());
         let bases = bases(request, &images, parent.as_ref())?;
         let done = self.lay_out(request, index, &images, bases, packing, progress).and_then(|layout| {
+            images.iter().try_for_each(ImageFile::check_unchanged)?;
             self.commit(
                 request,
                 &images,

@@ -68,6 +68,9 @@ pub struct ImportRequest {
     pub level: i32,
     /// Whether the name may be one that exists already. It always may if it is the parent's.
     pub replace: bool,
+    /// Whether files may be written to while they are read: what is stored then may be a state that never was. Without
+    /// it such an import fails with [`StoreError::Changed`](crate::StoreError::Changed).
+    pub allow_changing: bool,
     /// When the snapshot may be dropped, milliseconds since 1970 UTC; 0 for never.
     pub expires_unix_ms: u64,
 }
@@ -83,6 +86,7 @@ impl ImportRequest {
             blobs: Vec::new(),
             level: DEFAULT_LEVEL,
             replace: false,
+            allow_changing: false,
             expires_unix_ms: 0,
         }
     }

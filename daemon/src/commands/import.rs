@@ -69,6 +69,10 @@ pub(crate) struct ImportArgs {
     #[arg(long)]
     replace: bool,
 
+    /// Store files although something writes to them meanwhile: what is stored may be a state they never had
+    #[arg(long)]
+    allow_changing: bool,
+
     /// How hard to compress: 1 (fast) to 19 (dense)
     #[arg(long, value_name = "LEVEL", default_value_t = DEFAULT_LEVEL,
           value_parser = clap::value_parser!(i32).range(1..=19))]
@@ -129,6 +133,7 @@ fn request(args: ImportArgs) -> Result<ImportRequest, Failure> {
         blobs,
         level: args.level,
         replace: args.replace,
+        allow_changing: args.allow_changing,
         expires_unix_ms: args.expires.map_or(0, unix_ms_in),
         ..ImportRequest::new(args.name)
     })

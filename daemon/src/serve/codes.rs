@@ -47,6 +47,7 @@ pub(crate) const CODES: &[Code] = &[
     ("denied", 403, "permit it, to the daemon's user or credentials"),
     ("full", 507, "make room"),
     ("file", 500, "see that the daemon's user may use that path"),
+    ("changed", 409, "stop what writes to that file while its machine stands still, then ask again"),
     ("bug", 500, "please report it, with the message"),
 ];
 

@@ -4,6 +4,7 @@
 mod attach;
 mod command_line;
 mod damage;
+mod files;
 mod home;
 mod keys;
 mod real_guests;
