@@ -39,6 +39,7 @@ mod usage;
 mod verify;
 
 pub use error::{Result, StoreError};
+pub use export::ExportTarget;
 pub use frame_cache::DecodedFrame;
 pub use gc::{DEFAULT_GRACE, GcOptions, GcReport};
 pub use import::{

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use dormouse_core::{
-    PAGE_BYTES, PackId, PackRef, Reference, Root, SectionIndex, pack::HEADER_BYTES, section::Extent,
+    ImageEntry, PAGE_BYTES, PackId, PackRef, Reference, Root, SectionIndex, pack::HEADER_BYTES,
+    section::Extent,
 };
 use serde::Serialize;
 
@@ -76,7 +77,7 @@ impl SnapshotSummary {
                 id: i.id.to_string(),
                 kind: if i.kind == dormouse_core::ImageKind::Memory { "memory" } else { "disk" },
                 bytes: i.bytes,
-                nonzero_bytes: i.stored_pages() * PAGE_BYTES as u64,
+                nonzero_bytes: nonzero_bytes(i),
             })
             .collect();
         SnapshotSummary {
@@ -108,6 +109,11 @@ impl SnapshotSummary {
             ..Default::default()
         }
     }
+}
+
+/// Bytes of an image in pages that are not zero. Its last page may have more bytes than the image has left.
+pub(crate) fn nonzero_bytes(image: &ImageEntry) -> u64 {
+    (image.stored_pages() * PAGE_BYTES as u64).min(image.bytes)
 }
 
 /// What one snapshot, or all of them, take.
@@ -284,7 +290,7 @@ impl Store {
             let usage = Usage {
                 logical_bytes: summary.logical_bytes,
                 nonzero_bytes: summary.nonzero_bytes,
-                unique_bytes: needs.pages() * PAGE_BYTES as u64,
+                unique_bytes: (needs.pages() * PAGE_BYTES as u64).min(summary.nonzero_bytes),
                 stored_bytes: needs.stored(),
                 // The packs, the root and the reference.
                 objects: needs.packs.len() as u64 + 2,
@@ -300,7 +306,7 @@ impl Store {
             });
             all.packs.extend(needs.packs);
         }
-        report.total.unique_bytes = all.pages() * PAGE_BYTES as u64;
+        report.total.unique_bytes = (all.pages() * PAGE_BYTES as u64).min(report.total.nonzero_bytes);
         // A pack's header, footer and trailer serve whatever is in it; a pack that nobody needs is waste as a whole.
         let around = |p: &PackRef| p.object_bytes() - u64::from(p.footer_offset) + HEADER_BYTES as u64;
         let around: u64 = all.packs.values().map(around).sum();

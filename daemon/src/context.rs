@@ -65,7 +65,7 @@ impl Context {
     }
 
     /// Caches are a convenience: without a place for them they are kept in memory.
-    fn cache_dir(&self) -> Option<PathBuf> {
+    pub(crate) fn cache_dir(&self) -> Option<PathBuf> {
         self.global.cache_dir.clone().or_else(|| Some(base_dir("XDG_CACHE_HOME", ".cache")?.join("dormouse")))
     }
 }

@@ -1,5 +1,7 @@
 //! The log, on standard error, and the export of spans.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
@@ -23,7 +25,10 @@ pub(crate) fn begin(verbose: u8, command: &Command) -> Result<Traces, Failure> {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("DORMOUSE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // Colours are for people, and only where they can be seen.
+    let coloured =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(coloured);
     let log = match daemon {
         Some(LogFormat::Json) => log.json().boxed(),
         Some(LogFormat::Text) => log.boxed(),

@@ -32,8 +32,9 @@ pub(crate) fn print<T: Serialize>(
     }
 }
 
+/// One line, so that whoever reads a stream of documents knows where each ends.
 fn write_json<T: Serialize>(to: &mut dyn Write, document: &T) -> io::Result<()> {
-    serde_json::to_writer_pretty(&mut *to, document)?;
+    serde_json::to_writer(&mut *to, document)?;
     writeln!(to)
 }
 

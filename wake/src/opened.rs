@@ -15,7 +15,7 @@ use dormouse_chunkstore::{
 use dormouse_core::{ImageKind, Name};
 use dormouse_restore::{PageSize, PageSource, RestoreError, WORKING_SET_PAGES_MAX};
 
-use crate::{MEMORY_ID, records::Records};
+use crate::{MEMORY_ID, records::Records, working_set::WORKING_SET_ID};
 
 /// Wakes for each that holds pages out, where that is to be rare.
 const RARELY: u32 = 4;
@@ -102,6 +102,20 @@ impl Opened {
             }
         }
         self.snapshot.read_blob(id)
+    }
+
+    /// The device-state blob called `usual`, or the only one there is, whatever whoever imported it called it.
+    ///
+    /// # Errors
+    /// The store's; [`StoreError::NoSuchPart`] where several have other names, or there is none.
+    pub fn only_state(&self, usual: &str) -> Result<Vec<u8>, StoreError> {
+        let blobs = &self.snapshot.root().blobs;
+        let states = || blobs.iter().map(|b| b.id.as_str()).filter(|id| *id != WORKING_SET_ID);
+        let mut others = states().filter(|id| *id != usual);
+        match (states().any(|id| id == usual), others.next(), others.next()) {
+            (false, Some(only), None) => self.state(only),
+            _ => self.state(usual),
+        }
     }
 
     /// Begins to decode the first pages, so that this is behind what comes before the machine. With `keep` they stay in

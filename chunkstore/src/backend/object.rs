@@ -47,8 +47,8 @@ pub(crate) struct ObjectBackend {
 
 impl ObjectBackend {
     fn path(&self, key: &str) -> Path {
-        let parts = self.prefix.parts().map(|p| p.as_ref().to_owned());
-        Path::from_iter(parts.chain(key.split('/').map(str::to_owned)))
+        // The prefix is as the user gave it; encoded once more it would be another.
+        key.split('/').filter(|part| !part.is_empty()).fold(self.prefix.clone(), Path::join)
     }
 
     fn key(&self, path: &Path) -> String {

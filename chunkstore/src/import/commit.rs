@@ -29,6 +29,7 @@ use crate::{
     progress::Progress,
     snapshot::Snapshot,
     store::{Store, now_unix_ms},
+    usage::nonzero_bytes,
 };
 
 impl Store {
@@ -166,8 +167,8 @@ impl Store {
         let reference_bytes = reference.encode(&self.domain).len() as u64;
         let mut report = ImportReport::of(&request.name, reference.snapshot);
         report.logical_bytes = files.iter().map(|f| f.bytes).sum();
-        report.nonzero_bytes = layout.nonzero_pages * dormouse_core::PAGE_BYTES as u64;
-        report.new_bytes = layout.new_pages * dormouse_core::PAGE_BYTES as u64;
+        report.nonzero_bytes = root.images.iter().map(nonzero_bytes).sum();
+        report.new_bytes = (layout.new_pages * dormouse_core::PAGE_BYTES as u64).min(report.nonzero_bytes);
         report.gathered_bytes = layout.gathered_pages * dormouse_core::PAGE_BYTES as u64;
         report.gathered_reads = layout.gathered_reads;
         report.read_bytes = layout.read_bytes;

@@ -39,16 +39,6 @@ pub(crate) enum LaidOut {
     New { frame: EncodedFrame, content: Digest, stored_pages: u32 },
 }
 
-impl LaidOut {
-    fn stored_pages(&self) -> u64 {
-        match self {
-            LaidOut::Zero => 0,
-            LaidOut::Same(entry, _) => u64::from(entry.stored_pages),
-            LaidOut::New { stored_pages, .. } => u64::from(*stored_pages),
-        }
-    }
-}
-
 /// What laying out found.
 #[derive(Default)]
 pub(crate) struct Layout {
@@ -60,7 +50,6 @@ pub(crate) struct Layout {
     pub(crate) stored: Vec<PackRef>,
     pub(crate) stored_bytes: u64,
     pub(crate) new_pages: u64,
-    pub(crate) nonzero_pages: u64,
     pub(crate) read_bytes: u64,
     /// Pages of others stored again, and the requests that read them.
     pub(crate) gathered_pages: u64,
@@ -374,7 +363,6 @@ impl<'a> Layouter<'a> {
             self.note_stored(&stored);
         }
         self.settle(true)?;
-        self.out.nonzero_pages = self.out.sections.iter().flatten().map(LaidOut::stored_pages).sum();
         Ok(self.out)
     }
 }

@@ -12,6 +12,7 @@ use dormouse_chunkstore::{
 };
 use dormouse_core::{ImageId, ImageKind, Name};
 
+use super::spool::{STREAM, Spool};
 use crate::{
     cli::values::{self, DirtyPages, Label, Part},
     context::{self, Context},
@@ -22,7 +23,7 @@ use crate::{
 /// What the one guest memory of a snapshot is called.
 pub(crate) const MEMORY: &str = "memory";
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub(crate) struct ImportArgs {
     /// What the snapshot will be called: letters, digits, '.', '_' and '-'
     #[arg(value_parser = context::name)]
@@ -32,7 +33,7 @@ pub(crate) struct ImportArgs {
     #[arg(long, value_name = "NAME", value_parser = context::name)]
     parent: Option<Name>,
 
-    /// The guest's memory, raw
+    /// The guest's memory, raw; - is standard input
     #[arg(long, value_name = "FILE")]
     memory: Option<PathBuf>,
 
@@ -80,11 +81,38 @@ pub(crate) struct ImportArgs {
 }
 
 pub(crate) fn run(args: ImportArgs, context: &Context) -> Result<Status, Failure> {
+    let mut args = args;
+    // What is asked for makes sense before all of a stream is taken in.
+    request(args.clone())?;
+    let _spool = take_stream(&mut args, context)?;
     let request = request(args)?;
     let store = context.open_store()?;
     let report = store.import(&request, &context.progress("importing"))?;
     context.print(&report, |out| print_text(out, &report))?;
     Ok(Status::Done)
+}
+
+/// Puts a file in the place of `-`, which stays as long as what is given back.
+fn take_stream(args: &mut ImportArgs, context: &Context) -> Result<Option<Spool>, Failure> {
+    let memory = ImageId::new(MEMORY).map_err(|e| Failure::usage(e.to_string()))?;
+    let images = args.memory.iter_mut().map(|file| (memory.clone(), file));
+    let images = images.chain(args.disk.iter_mut().map(|d| (d.id.clone(), &mut d.file)));
+    let files = images.chain(args.state.iter_mut().map(|s| (s.id.clone(), &mut s.file)));
+    let mut streams: Vec<_> = files.filter(|(_, file)| file.as_os_str() == STREAM).collect();
+    let Some((id, file)) = streams.pop() else { return Ok(None) };
+    if let Some((other, _)) = streams.pop() {
+        return Err(Failure::usage(format!(
+            "standard input is one stream and cannot be both {other} and {id}; give all but one as files"
+        )));
+    }
+    if args.diff.contains(&id) {
+        return Err(Failure::usage(format!(
+            "--diff {id}: a stream has no holes that could say what changed; give a file, or --dirty {id}=RANGES"
+        )));
+    }
+    let spool = Spool::stdin(&context.cache_dir().unwrap_or_else(std::env::temp_dir))?;
+    *file = spool.path();
+    Ok(Some(spool))
 }
 
 fn request(args: ImportArgs) -> Result<ImportRequest, Failure> {

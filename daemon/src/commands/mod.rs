@@ -21,6 +21,7 @@ pub(crate) mod rm;
 pub(crate) mod serve;
 pub(crate) mod serve_uffd;
 pub(crate) mod show;
+mod spool;
 pub(crate) mod standby;
 mod standby_choice;
 mod standby_document;

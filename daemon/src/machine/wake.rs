@@ -182,7 +182,7 @@ pub(crate) fn wake(
 fn open(request: &Wake, store: &Store) -> Result<(Opened, Vec<u8>), Failure> {
     let opened = request.serving.open(store, &request.name, false)?;
     refuse_older(&request.name, opened.snapshot())?;
-    let state = opened.state(VMSTATE)?;
+    let state = opened.only_state(VMSTATE)?;
     Ok((opened, state))
 }
 

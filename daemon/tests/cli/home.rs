@@ -97,6 +97,7 @@ impl Ran {
 
     /// Standard output, which must be exactly one JSON document.
     pub(crate) fn document(&self) -> Value {
+        assert_eq!(self.stdout.lines().count(), 1, "a document is one line: {:?}", self.stdout);
         serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {:?}", self.stdout))
     }
 }

@@ -1,9 +1,14 @@
 //! Export: images become files again, byte for byte, with holes where pages are zero.
 
+mod staged;
+mod stream;
+mod target;
+
 use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Mutex, sync::PoisonError, thread};
 
 use dormouse_core::{PAGE_BYTES, PageIndex};
 
+pub use self::target::ExportTarget;
 use crate::{
     error::{Result, StoreError},
     progress::Progress,
@@ -14,25 +19,21 @@ use crate::{
 const STEP_PAGES: u64 = 1024;
 
 impl Image {
-    /// Writes the image to a new file beside `path` and renames it there when it is whole: a failed export leaves
-    /// what was at `path` as it was.
+    /// Writes the image to `path`. A file is there as a whole or stays as it was; see [`ExportTarget`].
     pub fn export(&self, path: &Path, progress: &dyn Progress) -> Result<()> {
-        let error = |e| StoreError::file("writing", path, e);
-        // Into devices and pipes one can only write directly.
-        let in_place = std::fs::metadata(path).is_ok_and(|m| !m.is_file());
-        if in_place {
-            let file = File::options().write(true).open(path).map_err(error)?;
-            return self.write_to(&file, path, true, progress);
+        let mut target = ExportTarget::open(path, self.entry().bytes)?;
+        self.export_to(&mut target, progress)?;
+        target.finish()
+    }
+
+    /// Writes the image into `target`, which [`ExportTarget::finish`] then makes whole.
+    pub fn export_to(&self, target: &mut ExportTarget, progress: &dyn Progress) -> Result<()> {
+        let path = target.path().to_owned();
+        match target.begin(self.entry().bytes)? {
+            target::Way::Sparse(file) => self.write_to(file, &path, false, progress),
+            target::Way::Over(file) => self.write_to(file, &path, true, progress),
+            target::Way::InOrder(file) => self.write_in_order(file, &path, progress),
         }
-        let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let temporary =
-            tempfile::Builder::new().prefix(".dormouse-export").tempfile_in(dir).map_err(error)?;
-        temporary.as_file().set_len(self.entry().bytes).map_err(error)?;
-        self.write_to(temporary.as_file(), path, false, progress)?;
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-        temporary.as_file().set_permissions(mode).map_err(error)?;
-        temporary.persist(path).map_err(|e| error(e.error))?;
-        Ok(())
     }
 
     /// Writes the image into `file`, which is empty, such as a file in memory. Holes stay where pages are zero.
@@ -81,27 +82,40 @@ impl Image {
             let fits = self.entry().bytes.saturating_sub(offset).min(bytes.len() as u64) as usize;
             file.write_all_at(&bytes[..fits], offset).map_err(|e| StoreError::file("writing", path, e))
         };
+        self.runs(start, end, &mut |page, run| match run {
+            Run::Zeros(pages) if write_zeros => write(page, &vec![0; pages as usize * PAGE_BYTES]),
+            Run::Zeros(_) => Ok(()),
+            Run::Bytes(bytes) => write(page, bytes),
+        })
+    }
+
+    /// Hands out what the pages from `start` to `end` hold, in order, each with its first page.
+    fn runs(&self, start: u64, end: u64, each: &mut dyn FnMut(u64, Run<'_>) -> Result<()>) -> Result<()> {
         let mut page = start;
         while page < end {
             page += match self.locate(PageIndex(page))? {
                 Pages::Zero { pages } => {
                     let pages = pages.min(end - page);
-                    if write_zeros {
-                        write(page, &vec![0; pages as usize * PAGE_BYTES])?;
-                    }
+                    each(page, Run::Zeros(pages))?;
                     pages
                 }
                 Pages::Stored { at, slot, pages } => {
                     let pages = pages.min(end - page);
                     let frame = self.frame(&at)?;
-                    let bytes = frame.pages(slot, pages as usize).ok_or(PAST_END)?;
-                    write(page, bytes)?;
+                    each(page, Run::Bytes(frame.pages(slot, pages as usize).ok_or(PAST_END)?))?;
                     pages
                 }
             };
         }
         Ok(())
     }
+}
+
+/// Pages in a row.
+enum Run<'a> {
+    /// So many zero pages.
+    Zeros(u64),
+    Bytes(&'a [u8]),
 }
 
 /// Decoding a section checks every place, so no stored data can bring this about.
