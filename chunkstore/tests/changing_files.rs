@@ -146,7 +146,7 @@ impl RamFs {
             return Some(RamFs(dir));
         }
         assert!(std::env::var("DORMOUSE_REQUIRE_MOUNT").as_deref() != Ok("1"), "no ramfs: {mount:?}");
-        eprintln!("SKIPPED: a test on a ramfs, since none can be mounted here");
+        dormouse_testkit::skipped!("a test on a ramfs, since none can be mounted here");
         None
     }
 }
