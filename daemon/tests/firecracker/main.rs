@@ -6,6 +6,7 @@
 mod balloon;
 mod collector;
 mod cut_off;
+mod documents;
 mod failures;
 mod generations;
 mod held_store;
