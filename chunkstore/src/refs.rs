@@ -68,7 +68,12 @@ impl Store {
         expected: Option<&Version>,
         new: &Reference,
     ) -> Result<()> {
-        self.swap_named(name, expected, new.encode(&self.domain).into())
+        // Only the later version tells of a newer guest.
+        let bytes = match new.newer {
+            None => new.encode(&self.domain),
+            Some(_) => Named::Reference(new.clone()).encode(&self.domain, &nonce()?),
+        };
+        self.swap_named(name, expected, bytes.into())
     }
 
     /// Removes `name` if it is still at `expected`. What is left in its place tells that it was removed, and is like no

@@ -6,13 +6,13 @@
 //! (`If-None-Match: *`), so one that is late fails from then on. That the settling write succeeded says what the name stood
 //! for at that instant.
 
-use dormouse_core::{Name, Named, Reference, Tombstone};
+use dormouse_core::{Name, Named, NewerGuest, Reference, Tombstone, limits::NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Result, StoreError},
     refs::{Found, nonce},
-    store::Store,
+    store::{Store, now_unix_ms},
 };
 
 /// Times it is tried, while others move the name or the store does not answer.
@@ -71,6 +71,25 @@ impl Store {
         Ok(self.find(name)?.standing())
     }
 
+    /// Tells all hosts that a guest on `host` is newer than what `name` stands for, which is `before`: its standby is
+    /// about to replace that. [`Store::settle_reference`] takes it back, and so does whatever moves the name.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`]: the name was moved since `before` was asked. Or the store does not answer; then it may
+    /// have been told or not, and is to be taken back.
+    pub fn announce_newer(&self, name: &Name, before: &Standing, host: &str) -> Result<()> {
+        let conflict = || StoreError::Conflict { name: name.to_string() };
+        let found = self.find(name)?;
+        if found.standing() != *before {
+            return Err(conflict());
+        }
+        let Some(reference) = found.reference else { return Err(conflict()) };
+        let end = host.floor_char_boundary(NAME_BYTES_MAX);
+        let newer = NewerGuest { host: host[..end].to_owned(), since_unix_ms: now_unix_ms() };
+        let older = Reference { newer: Some(newer), ..reference };
+        self.swap_reference(name, found.version.as_ref(), &older)
+    }
+
     /// Finds out what became of a write of `name` that may still be on its way, and makes it fail if it did not land.
     /// `before` is what the name stood for before that write. What the name stands for is not changed, so this may be
     /// done again at any time, with the same `before`.
@@ -96,7 +115,8 @@ impl Store {
                 return Ok(found.reference.map_or(Settled::Removed, Settled::Moved));
             }
             let again = match found.reference {
-                Some(reference) => Named::Reference(reference),
+                // What was to replace it never will, so no guest waits to.
+                Some(reference) => Named::Reference(Reference { newer: None, ..reference }),
                 None => Named::Removed(Tombstone {
                     name_key: self.domain.name_key(name.as_str()),
                     sequence: found.sequence,

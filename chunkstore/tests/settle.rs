@@ -17,7 +17,8 @@ use std::{
 use bytes::Bytes;
 use common::Machine;
 use dormouse_chunkstore::{
-    GcOptions, NoProgress, Result, Settled, Standing, Store, StoreError, StoreOptions, VerifyDepth,
+    GcOptions, ImportRequest, NoProgress, Result, Settled, Standing, Store, StoreError, StoreOptions,
+    VerifyDepth,
     backend::{
         Backend, ObjectMeta, PutOutcome, Version,
         faulty::{Fault, FaultyBackend},
@@ -244,4 +245,41 @@ fn no_two_removals_of_a_name_leave_the_same_bytes() {
         seen.push(left);
         assert!(matches!(store.remove(&name()), Err(StoreError::NoSuchSnapshot { .. })));
     }
+}
+
+/// What `name()` stands for, as others see it.
+fn newer(store: &Store) -> Option<String> {
+    let snapshot = store.open_snapshot(&name()).unwrap();
+    snapshot.reference().newer.as_ref().map(|newer| newer.host.clone())
+}
+
+#[test]
+fn a_newer_guest_is_announced_and_withdrawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let backend = OnItsWay::at(dir.path());
+    let (store, machine) = (backend.store(), Machine::new(20, 2));
+    store.import(&machine.request("a", None), &NoProgress).unwrap();
+    let standing = before(&store);
+    assert_eq!(newer(&store), None);
+    store.announce_newer(&name(), &standing, "host-7").unwrap();
+    assert_eq!(newer(&store).as_deref(), Some("host-7"));
+    assert_eq!(before(&store), standing, "it stands for the same");
+    assert_eq!(settle(&store, &standing), Settled::Undone);
+    assert_eq!(newer(&store), None);
+}
+
+#[test]
+fn a_newer_guest_is_forgotten_once_it_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let backend = OnItsWay::at(dir.path());
+    let (store, machine) = (backend.store(), Machine::new(20, 2));
+    store.import(&machine.request("a", None), &NoProgress).unwrap();
+    let standing = before(&store);
+    store.announce_newer(&name(), &standing, &"ü".repeat(1000)).unwrap();
+    assert!(newer(&store).is_some_and(|host| host.starts_with("üü")));
+    let replacing = ImportRequest { replace: true, ..machine.request("a", None) };
+    store.import(&replacing, &NoProgress).unwrap();
+    assert_eq!(newer(&store), None);
+    let late = store.announce_newer(&name(), &standing, "host-7");
+    assert!(matches!(late, Err(StoreError::Conflict { .. })), "{late:?}");
 }

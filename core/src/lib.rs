@@ -38,6 +38,6 @@ pub use name::{ImageId, Name};
 pub use pack::{PackBuilder, PackFooter, PackRef};
 pub use page::*;
 pub use policy::{OnFailure, Retry};
-pub use reference::{Named, Nonce, Reference, Tombstone};
+pub use reference::{Named, NewerGuest, Nonce, Reference, Tombstone};
 pub use root::{BlobEntry, ImageEntry, ImageKind, Root, SectionEntry};
 pub use section::{Section, SectionBuilder};

@@ -18,6 +18,8 @@ pub const OBJECT_BYTES_MAX: u64 = KIND.object_bytes_max();
 const REMOVED: u8 = 0;
 /// What follows the nonce: what the name stands for.
 const STANDS: u8 = 1;
+/// What follows the nonce: what the name stands for, and the guest that is newer.
+const STANDS_FOR_OLDER: u8 = 2;
 
 /// What a name stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +38,17 @@ pub struct Reference {
     pub written_unix_ms: u64,
     /// When the snapshot may be dropped, milliseconds since 1970 UTC; 0 for never.
     pub expires_unix_ms: u64,
+    /// The guest that is newer than the snapshot, if a standby of it has begun and is not known to have ended.
+    pub newer: Option<NewerGuest>,
+}
+
+/// A guest that is newer than the snapshot of its name: waking the snapshot would lose what the guest did since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewerGuest {
+    /// The host it is on, as that calls itself; at most [`NAME_BYTES_MAX`] bytes. For people.
+    pub host: String,
+    /// When its standby began, milliseconds since 1970 UTC by that host's clock. For people.
+    pub since_unix_ms: u64,
 }
 
 /// A name that was removed, or that is kept from a write that may still be on its way.
@@ -61,7 +74,8 @@ pub enum Named {
 }
 
 impl Reference {
-    /// The object's bytes, in the version that all readers know.
+    /// The object's bytes, in the version that all readers know. They do not tell of a newer guest:
+    /// [`Named::encode`] does.
     pub fn encode(&self, domain: &Domain) -> Vec<u8> {
         let mut w = Writer::new();
         self.write(&mut w);
@@ -97,7 +111,19 @@ impl Reference {
             root_bytes: r.u32()?,
             written_unix_ms: r.u64()?,
             expires_unix_ms: r.u64()?,
+            newer: None,
         })
+    }
+}
+
+impl NewerGuest {
+    fn write(&self, w: &mut Writer) {
+        w.counted(self.host.as_bytes());
+        w.u64(self.since_unix_ms);
+    }
+
+    fn read(r: &mut Reader<'_>) -> Result<Self, FormatError> {
+        Ok(NewerGuest { host: read_text(r)?.to_owned(), since_unix_ms: r.u64()? })
     }
 }
 
@@ -114,8 +140,11 @@ impl Named {
                 w.u64(tombstone.sequence);
             }
             Named::Reference(reference) => {
-                w.u8(STANDS);
+                w.u8(if reference.newer.is_some() { STANDS_FOR_OLDER } else { STANDS });
                 reference.write(&mut w);
+                if let Some(newer) = &reference.newer {
+                    newer.write(&mut w);
+                }
             }
         }
         envelope::wrap_as(KIND, VERSION_3, domain, w.finish())
@@ -133,6 +162,10 @@ impl Named {
         };
         let named = match kind {
             STANDS => Named::Reference(Reference::read(&mut r)?),
+            STANDS_FOR_OLDER => {
+                let reference = Reference::read(&mut r)?;
+                Named::Reference(Reference { newer: Some(NewerGuest::read(&mut r)?), ..reference })
+            }
             REMOVED => {
                 Named::Removed(Tombstone { name_key: read_text(&mut r)?.to_owned(), sequence: r.u64()? })
             }

@@ -249,7 +249,7 @@ fn the_same_name_with_another_nonce_has_other_bytes() {
 #[test]
 fn a_tombstone_is_never_taken_for_a_reference() {
     for domain in domains() {
-        let [(_, stands), (_, removed)] = named(&domain);
+        let [(_, stands), (_, removed), _] = named(&domain);
         let decode = |named: &Named| Reference::decode(&domain, None, &named.encode(&domain, &NONCE));
         assert_eq!(decode(&stands), Ok(reference()));
         assert!(matches!(decode(&removed), Err(FormatError::Malformed { .. })));

@@ -104,6 +104,7 @@ proptest! {
             root_bytes,
             written_unix_ms: times.0,
             expires_unix_ms: times.1,
+            newer: None,
         };
         for domain in domains() {
             let object = reference.encode(&domain);

@@ -124,6 +124,7 @@ impl Store {
             root_bytes: root_bytes as u32,
             written_unix_ms: now_unix_ms(),
             expires_unix_ms: request.expires_unix_ms,
+            newer: None,
         };
         let mut own: HashSet<PackRef> = layout.stored.iter().copied().collect();
         own.extend(meta.packs());

@@ -138,13 +138,20 @@ pub fn reference() -> Reference {
         root_bytes: 5_321,
         written_unix_ms: 1_790_000_000_456,
         expires_unix_ms: 0,
+        newer: None,
     }
 }
 
-/// What is at the key of a name in the versions that know nonces: of two kinds.
-pub fn named(domain: &Domain) -> [(&'static str, Named); 2] {
+/// What is at the key of a name in the versions that know nonces: of three kinds.
+pub fn named(domain: &Domain) -> [(&'static str, Named); 3] {
     let tombstone = Tombstone { name_key: domain.name_key(reference().name.as_str()), sequence: 42 };
-    [("reference", Named::Reference(reference())), ("tombstone", Named::Removed(tombstone))]
+    let newer = NewerGuest { host: "host-7".to_owned(), since_unix_ms: 1_790_000_000_999 };
+    let older = Reference { newer: Some(newer), ..reference() };
+    [
+        ("reference", Named::Reference(reference())),
+        ("tombstone", Named::Removed(tombstone)),
+        ("older", Named::Reference(older)),
+    ]
 }
 
 pub fn identity() -> Identity {

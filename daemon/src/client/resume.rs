@@ -40,6 +40,7 @@ fn request(args: &ResumeArgs) -> Result<WakeRequest, Failure> {
         console: absolute_from_here(args.console.as_deref())?,
         console_input: None,
         dirty_tracking: !args.no_dirty_tracking,
+        older: args.older,
         policy: args.serving.policy,
         give_up_after_s: args.serving.give_up_after.as_secs(),
         prefetch: !args.serving.no_prefetch,

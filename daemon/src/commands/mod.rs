@@ -14,6 +14,7 @@ pub(crate) mod keeping;
 pub(crate) mod key;
 mod leased;
 pub(crate) mod ls;
+mod newer_guest;
 pub(crate) mod repack;
 pub(crate) mod resume;
 pub(crate) mod resume_kept;

@@ -64,6 +64,10 @@ pub(crate) struct ResumeArgs {
     #[arg(long)]
     pub(crate) no_dirty_tracking: bool,
 
+    /// Wake the snapshot even if a newer guest was about to replace it, and is lost
+    #[arg(long)]
+    pub(crate) older: bool,
+
     #[command(flatten)]
     pub(crate) keep: KeepArgs,
 
@@ -99,6 +103,7 @@ impl ResumeArgs {
             api_socket: self.api_socket.clone(),
             console: self.console.clone(),
             dirty_tracking: !self.no_dirty_tracking,
+            older: self.older,
             serving: self.serving.serving(),
         }
     }

@@ -26,6 +26,7 @@ use serde_json::json;
 use super::{
     import::MEMORY,
     interruption::{BoundOnceNamed, Interruption, Wait},
+    newer_guest::{announce_newer, withdraw_newer},
     standby::{
         API_PATIENCE, Asked, Document, StandbyArgs, VMSTATE, cannot_note, end, micros, predicted_stream,
         process_at, tracking, vmm_failure,
@@ -107,6 +108,9 @@ impl<'a> Flow<'a> {
             note.was_running = chosen.0.is_running || left_paused;
             (note.before, note.ends) = (Some(chosen.0.before.clone()), !args.keep_running);
             under_way.note(&note).map_err(|e| cannot_note(&e))?;
+            if !args.keep_running {
+                announce_newer(&store, &args.name, &chosen.0.before)?;
+            }
             Ok(chosen)
         });
         let mut flow =
@@ -116,7 +120,10 @@ impl<'a> Flow<'a> {
                 flow.traced.over("check");
                 Ok(Step::Next((flow, Chosen { choice, files })))
             }
-            Err(failure) => Err(flow.or_ended(untouched.leave_after(&flow.api, failure))),
+            Err(failure) => {
+                flow.withdraw();
+                Err(flow.or_ended(untouched.leave_after(&flow.api, failure)))
+            }
         }
     }
 
@@ -141,11 +148,15 @@ impl<'a> Flow<'a> {
                 let failure = vmm_failure(&error);
                 if error.hung_up() && self.process.wait_ended(DEATH_PATIENCE).unwrap_or(false) {
                     let out_of_memory = groups.killed() > killed_before;
+                    self.withdraw();
                     self.under_way.place().clear();
                     return Err(ended(&self.process, out_of_memory, failure));
                 }
                 // One that stands still is for whoever comes next to let go on.
-                (!error.stands_still()).then(|| self.under_way.done());
+                if !error.stands_still() {
+                    self.withdraw();
+                    self.under_way.done();
+                }
                 return Err(failure);
             }
         };
@@ -244,7 +255,12 @@ impl<'a> Flow<'a> {
     fn stored_on_signal(&self, was_running: bool) -> Result<(), Failure> {
         let (api, process, place) = (self.api.clone(), self.process.clone(), self.under_way.place());
         let as_it_was = self.args.keep_running || !was_running;
+        let (store, name) = (self.store.clone(), self.args.name.clone());
+        let before = self.note.before.clone().filter(|_| !self.args.keep_running);
         self.interruption.free(move || {
+            if let Some(before) = &before {
+                withdraw_newer(&store, &name, before);
+            }
             let state = if as_it_was { stays(&place) } else { goes_on(&api, &process, &place) };
             format!("nothing was stored and {state}")
         })
@@ -282,14 +298,23 @@ impl<'a> Flow<'a> {
     fn give_back(self, captured: &Captured, failure: Failure) -> Failure {
         let failure = Failure { message: format!("{}; nothing was stored", failure.message), ..failure };
         if self.args.keep_running || !captured.capture.was_running {
+            self.withdraw();
             let message = format!("{} and {}", failure.message, stays(&self.under_way.place()));
             return Failure { message, ..failure };
         }
         self.let_go(failure)
     }
 
+    /// Takes back what was told of a newer guest.
+    fn withdraw(&self) {
+        if let (Some(before), false) = (&self.note.before, self.args.keep_running) {
+            withdraw_newer(&self.store, &self.args.name, before);
+        }
+    }
+
     /// The guest goes on if it ran before.
     fn let_go(self, failure: Failure) -> Failure {
+        self.withdraw();
         let place = self.under_way.place();
         let state = match self.note.was_running {
             true => goes_on(&self.api, &self.process, &place),

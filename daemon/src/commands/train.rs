@@ -50,6 +50,7 @@ pub(crate) fn run(args: &TrainArgs, context: &Context) -> Result<Status, Failure
         api_socket: None,
         console: args.console.clone(),
         dirty_tracking: false,
+        older: false,
         serving: Serving {
             policy: PolicyName::Kill,
             give_up_after: Duration::from_secs(120),

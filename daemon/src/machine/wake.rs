@@ -35,6 +35,8 @@ pub(crate) struct Wake {
     pub(crate) console: Option<PathBuf>,
     /// Whether Firecracker tracks dirty pages, so that the next standby captures what changed.
     pub(crate) dirty_tracking: bool,
+    /// Whether it is woken even if a guest elsewhere is newer and was to replace it.
+    pub(crate) older: bool,
     /// How its memory is served.
     pub(crate) serving: Serving,
 }
@@ -181,20 +183,28 @@ pub(crate) fn wake(
 /// The snapshot and its device state.
 fn open(request: &Wake, store: &Store) -> Result<(Opened, Vec<u8>), Failure> {
     let opened = request.serving.open(store, &request.name, false)?;
-    refuse_older(&request.name, opened.snapshot())?;
+    refuse_older(&request.name, opened.snapshot(), request.older)?;
     let state = opened.only_state(VMSTATE)?;
     Ok((opened, state))
 }
 
-/// A snapshot is not woken while a guest on this host is newer than it and waits for its standby to be finished.
-fn refuse_older(name: &Name, snapshot: &Snapshot) -> Result<(), Failure> {
+/// A snapshot is not woken while a guest is newer than it and waits for its standby to be finished: on this host, where
+/// that is noted, or on another one, which the reference tells.
+pub(crate) fn refuse_older(name: &Name, snapshot: &Snapshot, older: bool) -> Result<(), Failure> {
+    if older {
+        return Ok(());
+    }
     let standing = Standing::from(snapshot.reference());
     // Where nothing can be noted, no standby is under way.
     let newer = tracking().ok().and_then(|tracking| tracking.newer_guest(name, &standing));
-    let Some(pid) = newer else { return Ok(()) };
+    let whose = match (newer, &snapshot.reference().newer) {
+        (Some(pid), _) => format!("the guest of process {pid} on this host"),
+        (None, Some(newer)) => format!("a guest on the host {:?}", newer.host),
+        (None, None) => return Ok(()),
+    };
     let message = format!(
-        "the guest of process {pid} on this host is newer than {name}, and a standby of it as {name} is under way or was cut \
-         off: wait, or give that standby again, which finishes it or lets the guest go on"
+        "{whose} is newer than {name}, and a standby of it as {name} is under way or was cut off: wait, or give that standby \
+         again there, which finishes it or lets the guest go on; if that guest is lost, wake the older one with --older"
     );
     Err(Failure { retryable: true, ..Failure::new("busy", message) })
 }

@@ -44,6 +44,9 @@ pub(crate) struct WakeRequest {
     pub(crate) console_input: Option<PathBuf>,
     #[serde(default = "yes")]
     pub(crate) dirty_tracking: bool,
+    /// Wake it even if a guest elsewhere is newer and was to replace it.
+    #[serde(default)]
+    pub(crate) older: bool,
     #[serde(default)]
     pub(crate) policy: PolicyName,
     #[serde(default = "two_minutes")]
@@ -279,6 +282,7 @@ impl WakeRequest {
             api_socket: self.api_socket.clone(),
             console: self.console.clone(),
             dirty_tracking: self.dirty_tracking,
+            older: self.older,
             serving: Serving {
                 policy: self.policy,
                 give_up_after: seconds("give_up_after_s", self.give_up_after_s)?,

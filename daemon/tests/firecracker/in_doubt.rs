@@ -123,9 +123,9 @@ fn a_guest_whose_name_others_moved_stands_still() {
     stands_still_once_others(&["import", "later", "--replace", "--disk", "d=guest.elf"]);
 }
 
-/// It woke, beside a guest that is newer.
+/// It woke, on its own host and on others, beside a guest that is newer.
 #[test]
-fn a_name_whose_newer_guest_waits_here_is_not_woken() {
+fn a_name_whose_newer_guest_waits_is_woken_nowhere() {
     let Some(scene) = scene() else { return };
     let machine = scene.boot(true);
     machine.console.wait_for(".", 1);
@@ -135,17 +135,19 @@ fn a_name_whose_newer_guest_waits_here_is_not_woken() {
     store.hold(Hold::BeforeItIsDone);
     let replacing = Running::start(standby(&scene, &store, "later", &["--replace"]));
     store.wait_held();
-    let refused = || {
+    let refused = |host: &str| {
         let arguments = ["resume", "firecracker", "--no-daemon", "later", "--firecracker", scene.binary()];
-        let mut resume = scene.dormouse("home", &arguments);
+        let mut resume = scene.dormouse(host, &arguments);
         use_store(&mut resume, &store.address);
         let failure = error(&mut resume);
         assert_eq!((&failure["kind"], &failure["retryable"]), (&json!("busy"), &json!(true)), "{failure}");
         assert!(failure["message"].as_str().unwrap().contains("is newer than later"), "{failure}");
     };
-    refused();
+    refused("home");
+    refused("elsewhere");
     replacing.kill();
-    refused();
+    refused("home");
+    refused("elsewhere");
     let done = document(&standby(&scene, &store, "later", &["--replace"]).output().unwrap());
     assert_eq!(done["ended"], true, "{done}");
     let awake = wake(&scene, "later", "home", &[]);

@@ -109,8 +109,16 @@ impl StandbyNote {
     /// The store's: nobody can tell as long as it is away, or before it was written to, and the guest must stay as it is.
     pub fn left(&self, process: &VmmProcess, store: &Store, state_id: &str) -> Result<Left, StoreError> {
         // The name is not written before that is noted.
-        let Some(captured) = &self.captured else { return Ok(Left::Undone) };
         let Ok(name) = Name::new(&self.name) else { return Ok(Left::Undone) };
+        let Some(captured) = &self.captured else {
+            // Other hosts are told no more of a newer guest. A store that is away now does not hold the guest up.
+            if let (Some(before), true) = (&self.before, self.ends)
+                && let Err(why) = store.settle_reference(&name, before)
+            {
+                tracing::warn!(%name, %why, "other hosts may still be told that a newer guest is to replace it");
+            }
+            return Ok(Left::Undone);
+        };
         if let Some(before) = &self.before
             && store.settle_reference(&name, before)? == Settled::Undone
         {

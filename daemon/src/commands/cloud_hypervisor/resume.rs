@@ -25,6 +25,7 @@ use crate::{
     },
     context::{self, Context},
     failure::{Failure, Status},
+    machine::wake::refuse_older,
 };
 
 #[derive(Args, Debug)]
@@ -54,6 +55,10 @@ pub(crate) struct ResumeArgs {
     /// Leave the guest paused
     #[arg(long)]
     paused: bool,
+
+    /// Wake the snapshot even if a newer guest was about to replace it, and is lost
+    #[arg(long)]
+    older: bool,
 
     /// Write what was served to this file as JSON once the VM needs nothing more
     #[arg(long, value_name = "FILE")]
@@ -117,6 +122,7 @@ pub(crate) fn run(args: &ResumeArgs, context: &Context) -> Result<Status, Failur
         let resume = store.open_resume(&args.name)?;
         (resume.snapshot.clone(), StoredVm::resumed(resume))
     };
+    refuse_older(&args.name, &snapshot, args.older)?;
     let vm = vm.map_err(|e| wake_failure(e.into()))?;
     note("open");
     let scratch = scratch()?;

@@ -23,6 +23,7 @@ use crate::{
     cli::values::{self, Part},
     commands::{
         import::distinct,
+        newer_guest::{announce_newer, withdraw_newer},
         serve_uffd::listen_failure,
         standby::{micros, predicted_stream, tracking},
     },
@@ -121,10 +122,12 @@ pub(crate) fn run(args: &StandbyArgs, context: &Context) -> Result<Status, Failu
     tracing::info!(socket = %socket.display(), "waiting for Cloud Hypervisor");
 
     let begun = Instant::now();
-    let received = match &api {
-        None => wait_for_vm(args, &listener, || Ok(()))?,
-        Some(api) => send(args, api, &listener, &socket)?,
+    let come = || match &api {
+        None => wait_for_vm(args, &listener, || Ok(())),
+        Some(api) => send(args, api, &listener, &socket),
     };
+    let told = announce_newer(&store, &args.name, &before).map_err(Failure::from);
+    let received = told.and_then(|()| come()).inspect_err(|_| withdraw_newer(&store, &args.name, &before))?;
     drop(listener);
     let arrived = begun.elapsed();
     let importing = Instant::now();
@@ -269,6 +272,7 @@ fn store_vm(
     match report {
         Ok(report) => Ok((report, received)),
         Err(failure) => {
+            withdraw_newer(store, &args.name, before);
             let state = match received.refuse() {
                 Ok(()) => "the VM goes on".to_owned(),
                 Err(error) => {
