@@ -104,6 +104,7 @@ fn damage_kind(why: &FormatError) -> &'static str {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 mod tests {
     use std::{collections::BTreeSet, fs, path::Path};
 

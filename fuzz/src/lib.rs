@@ -5,6 +5,7 @@
 
 #[path = "../../chunkstore/src/disk_cache.rs"]
 #[expect(dead_code, reason = "private to its crate, and only reading is fuzzed")]
+#[cfg_attr(test, expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where"))]
 mod disk_cache;
 mod input;
 pub mod mutate;

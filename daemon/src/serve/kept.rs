@@ -212,6 +212,7 @@ fn end_unwoken(vm: &Vm, session: Session) -> Failure {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that panics has failed, and says where")]
 mod tests {
     use super::*;
 

@@ -3,8 +3,7 @@ use dormouse_cloud_hypervisor::protocol::{self, GuestRange, Request, Response, S
 
 pub(crate) fn check(bytes: &[u8]) {
     let mut at = SleepSequence::default();
-    for message in bytes.chunks_exact(protocol::HEAD_BYTES) {
-        let message: &[u8; protocol::HEAD_BYTES] = message.try_into().unwrap();
+    for message in bytes.as_chunks::<{ protocol::HEAD_BYTES }>().0 {
         if let Ok(response) = Response::decode(message) {
             assert_eq!(Response::decode(&response.encode()), Ok(response));
         }
