@@ -34,6 +34,7 @@ mod threads {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a table for 64 GiB takes minutes there")]
     fn an_untouched_table_holds_no_leaves() {
         let table = PageTable::new(16 << 20);
         assert_eq!(table.get(Cell(9_000_000)), PageState::Absent);
