@@ -49,7 +49,7 @@ impl BulkInstaller {
         Ok(done)
     }
 
-    /// [`RestoreHandle::mark`].
+    /// [`RestoreHandle::mark`](crate::RestoreHandle::mark).
     pub fn mark(&self, phase: &str) {
         self.core.timeline.mark(phase);
     }

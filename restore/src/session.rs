@@ -56,8 +56,8 @@ impl Restore {
     /// Goes on where a process that is gone has left off, with the userfaultfd and the [`KeptStates::open`]ed page
     /// states it left. Every vCPU whose fault that process had read, and not answered, faults again.
     ///
-    /// Pages touched from here on are recorded as `policy` says; those touched before were that process's to record
-    /// ([`Recording::after`](crate::Recording::after)).
+    /// Pages touched from here on are recorded as `policy` says; those touched before were that process's to
+    /// record.
     pub fn adopt(
         plan: Plan,
         memory: Memory,
