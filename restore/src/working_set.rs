@@ -100,6 +100,7 @@ mod tests {
 
     /// All pages were copied under the lock that answering a fault takes.
     #[test]
+    #[cfg_attr(miri, ignore = "a long record takes a minute there")]
     fn reading_a_long_record_copies_no_more_than_a_block() {
         let mut recorder = Recorder::new(100_000, Duration::from_secs(3600));
         let now = Instant::now();
