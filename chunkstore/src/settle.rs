@@ -84,7 +84,8 @@ impl Store {
             return Err(conflict());
         }
         let Some(reference) = found.reference else { return Err(conflict()) };
-        let end = host.floor_char_boundary(NAME_BYTES_MAX);
+        let boundary = |end: &usize| host.is_char_boundary(*end);
+        let end = (0..=NAME_BYTES_MAX.min(host.len())).rev().find(boundary).unwrap_or(0);
         let newer = NewerGuest { host: host[..end].to_owned(), since_unix_ms: now_unix_ms() };
         let older = Reference { newer: Some(newer), ..reference };
         self.swap_reference(name, found.version.as_ref(), &older)
