@@ -8,7 +8,7 @@
 //! | [`fetch`] | threads that wait for the base; single flight, retries, read-ahead |
 //! | [`states`] | which pages a layer holds: absent, present or zero; pure |
 //! | [`map`] | the overlay's map file: codec and recovery, pure functions over bytes |
-//! | [`file`] | the files of an overlay behind a trait, so that tests can lose what was not synced |
+//! | [`mod@file`] | the files of an overlay behind a trait, so that tests can lose what was not synced |
 //! | `layer` | one overlay layer: a data file, its map and its flush protocol |
 //! | `stack` | which layers a directory holds, and what a crash left behind |
 //! | [`disk`] | reads, writes, discards, flushes and seals over a stack of layers |
