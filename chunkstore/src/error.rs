@@ -174,6 +174,19 @@ pub enum StoreError {
         /// What it said.
         why: String,
     },
+    /// The object is there, in an archive tier: it can be read once somebody has had it restored from there.
+    #[error(
+        "{doing} failed: the object lies in an archive tier of the store at {store} ({why}); restore it from the archive \
+         tier, and let no lifecycle rule move the store's objects there"
+    )]
+    Archived {
+        /// The operation.
+        doing: String,
+        /// The store's URL.
+        store: String,
+        /// What it said.
+        why: String,
+    },
     /// The bucket or container does not exist.
     #[error(
         "there is no store at {store} ({why}); make the bucket or container, or see that the URL is right"

@@ -55,5 +55,6 @@ pub use store::{Store, StoreOptions};
 pub use stream::{HotRun, InstallRun, Resume, ResumeStream, StreamInfo, StreamReport, Tier, TouchedRun};
 pub use usage::{ImageSummary, Scatter, SnapshotSummary, SnapshotUsage, StateSummary, Usage, UsageReport};
 pub use verify::{
-    Damage, RepairOptions, RepairReport, Repaired, Source as RepairSource, VerifyDepth, VerifyReport,
+    Damage, RepairOptions, RepairReport, Repaired, Source as RepairSource, Unreadable, UnreadableKind,
+    VerifyDepth, VerifyReport,
 };

@@ -7,7 +7,7 @@ use dormouse_core::{ImageId, ImageKind, Name};
 
 use crate::{
     GcOptions, GcReport, ImageSource, ImportRequest, NoProgress, Result, Store, StoreError, StoreOptions,
-    VerifyDepth,
+    UnreadableKind, VerifyDepth,
     backend::{
         Backend, PutOutcome,
         fake_s3::{FakeS3, Faults},
@@ -262,6 +262,7 @@ mod answers {
         let full: Is = |e| matches!(e, StoreError::Full { .. });
         let denied: Is = |e| matches!(e, StoreError::Denied { .. });
         let unsupported: Is = |e| matches!(e, StoreError::Unsupported { .. });
+        let archived: Is = |e| matches!(e, StoreError::Archived { .. });
         for (status, code, is) in [
             (404, "NoSuchBucket", no_store),
             (501, "NotImplemented", unsupported),
@@ -272,12 +273,31 @@ mod answers {
             (507, "InsufficientStorage", full),
             (403, "AccessDenied", denied),
             (400, "ExpiredToken", denied),
+            (403, "InvalidObjectState", archived),
+            (409, "BlobArchived", archived),
         ] {
             let (error, asked) = error_of(status, code);
             assert!(is(&error), "{status} {code}: {error:?}");
             assert!(!error.is_retryable(), "{status} {code}");
             assert_eq!(asked, 1, "{status} {code}");
         }
+    }
+
+    #[test]
+    fn an_object_in_an_archive_tier_is_told_as_that() {
+        let server = FakeS3::default();
+        import(&store(&server), "a").unwrap();
+        for part in ["/refs/", "/roots/", "/packs/"] {
+            server.misbehave(Faults { archived: Some(part), ..Default::default() });
+            let report = store(&server).verify(None, VerifyDepth::Structure, &NoProgress).unwrap();
+            assert!(report.damages.is_empty(), "{part}: {report:?}");
+            let [archived] = &report.unreadable[..] else { panic!("{part}: {report:?}") };
+            assert!(archived.object.contains(part), "{part}: {archived:?}");
+            assert_eq!(archived.kind, UnreadableKind::Archived);
+            assert!(archived.why.contains("restore it from the archive tier"), "{}", archived.why);
+        }
+        let error = store(&server).open_snapshot(&name("a")).and_then(|s| s.load_sections()).unwrap_err();
+        assert!(matches!(error, StoreError::Archived { .. }), "{error:?}");
     }
 
     #[test]

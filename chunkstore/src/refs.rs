@@ -16,6 +16,8 @@ pub(crate) struct References {
     pub(crate) good: Vec<Reference>,
     /// The keys of those that cannot, and why.
     pub(crate) bad: Vec<(String, StoreError)>,
+    /// The keys of those that the store does not give out, and why: they may be what they should be.
+    pub(crate) unreadable: Vec<(String, StoreError)>,
 }
 
 /// The sequence of a name whose object is empty: earlier versions removed names so in stores that do not delete under a
@@ -117,8 +119,14 @@ impl Store {
         if swapped { Ok(()) } else { Err(StoreError::Conflict { name: name.to_string() }) }
     }
 
-    /// Reads all references.
+    /// Reads all references; fails if the store does not give out one of them.
     pub(crate) fn references(&self) -> Result<References> {
+        let mut all = self.readable_references()?;
+        if all.unreadable.is_empty() { Ok(all) } else { Err(all.unreadable.swap_remove(0).1) }
+    }
+
+    /// Reads all references that can be read.
+    pub(crate) fn readable_references(&self) -> Result<References> {
         self.settle_known()?;
         let (mut keys, mut empty) = (Vec::new(), Vec::new());
         self.backend.list(&self.keys.refs(), &mut |meta| {
@@ -127,9 +135,16 @@ impl Store {
         if keys.is_empty() && empty.is_empty() {
             self.check_there()?;
         }
-        let References { mut good, mut bad } = References::default();
-        let read = |key: String| Ok((self.backend.get_versioned(&key)?, key));
-        self.side_by_side(keys, read, |((object, version), key)| {
+        let References { mut good, mut bad, mut unreadable } = References::default();
+        let read = |key: String| Ok((self.backend.get_versioned(&key), key));
+        self.side_by_side(keys, read, |(got, key)| {
+            let (object, version) = match got {
+                Ok(got) => got,
+                Err(e) => {
+                    unreadable.push((key, self.of_one_object(e)?));
+                    return Ok(());
+                }
+            };
             let Some(object) = object else {
                 // No version: removed between the listing and now.
                 empty.extend(version.map(|_| key));
@@ -157,7 +172,8 @@ impl Store {
         }
         good.sort_by(|a, b| a.name.cmp(&b.name));
         bad.sort_by(|(a, _), (b, _)| a.cmp(b));
-        Ok(References { good, bad })
+        unreadable.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(References { good, bad, unreadable })
     }
 
     /// Removes `name`. What only it used stays until garbage is collected.

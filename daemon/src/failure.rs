@@ -78,6 +78,7 @@ impl From<StoreError> for Failure {
             StoreError::LostRace { .. } => ("lost_race", None),
             StoreError::Unavailable { .. } | StoreError::InDoubt { .. } => ("unavailable", None),
             StoreError::Denied { .. } => ("denied", None),
+            StoreError::Archived { .. } => ("archived", None),
             StoreError::NoSuchStore { .. } => ("no_such_store", None),
             StoreError::Unsupported { .. } => ("unsupported", None),
             StoreError::Config { .. } => ("config", None),

@@ -17,7 +17,7 @@ use dormouse_restore::{
 pub fn source_error(error: StoreError) -> SourceError {
     let kind = match &error {
         StoreError::Unavailable { .. } => SourceErrorKind::Retryable,
-        StoreError::Denied { .. } => SourceErrorKind::Denied,
+        StoreError::Denied { .. } | StoreError::Archived { .. } => SourceErrorKind::Denied,
         StoreError::Missing { .. } => SourceErrorKind::Gone,
         _ => SourceErrorKind::Damaged,
     };

@@ -16,6 +16,8 @@ const NO_STORE: &[&str] = &["NoSuchBucket", "ContainerNotFound", "The specified 
 const NO_ROOM: &[&str] = &["QuotaExceeded", "StorageFull", "InsufficientStorage"];
 /// The credentials are too old or none. Some stores say so with the status of a malformed request.
 const NO_RIGHT: &[&str] = &["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId"];
+/// The object was moved to an archive tier: S3, Azure.
+const ARCHIVED: &[&str] = &["InvalidObjectState", "BlobArchived"];
 /// The bucket is in another region, or at another endpoint.
 const ELSEWHERE: &[&str] = &[
     "AuthorizationHeaderMalformed",
@@ -48,6 +50,9 @@ pub(super) fn classify(url: &str, doing: String, error: &OsError, worked: bool) 
     }
     if is_no_store(error) {
         return StoreError::NoSuchStore { store, why };
+    }
+    if says(ARCHIVED) {
+        return StoreError::Archived { doing, store, why };
     }
     if says(ELSEWHERE) {
         return StoreError::Config { doing, store, why, remedy: REGION };

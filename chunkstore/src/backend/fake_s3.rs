@@ -37,6 +37,8 @@ pub(crate) struct Faults {
     pub(crate) hides: Option<&'static str>,
     /// Reads of objects whose key has this in it are never answered.
     pub(crate) silent: Option<&'static str>,
+    /// Objects whose key has this in it lie in an archive tier: they are there and cannot be read.
+    pub(crate) archived: Option<&'static str>,
     /// Every request is answered with this.
     pub(crate) answers: Option<(u16, &'static str)>,
 }
@@ -170,6 +172,9 @@ impl FakeS3 {
                 reply(204, "")
             }
             "PUT" => put(&mut state, &key, if_none, if_match, body),
+            "GET" if state.faults.archived.is_some_and(|part| key.contains(part)) => {
+                error(403, "InvalidObjectState")
+            }
             _ => match state.objects.get(&key) {
                 None => error(404, "NoSuchKey"),
                 Some((bytes, version, written)) => get(bytes, *version, *written, range, method == "HEAD"),

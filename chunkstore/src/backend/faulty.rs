@@ -83,6 +83,10 @@ pub enum Fault {
     Dead,
     /// The disk is full.
     Full,
+    /// The store does not permit it.
+    Deny,
+    /// The object lies in an archive tier, and cannot be read.
+    Archive,
     /// A read returns half of its bytes.
     Truncate,
     /// A read returns its bytes with one bit flipped.
@@ -158,10 +162,15 @@ impl FaultyBackend {
         if self.dead.load(Ordering::SeqCst) {
             return Err(self.gone(op, key));
         }
+        let (doing, store) = (|| format!("{op} {key}"), || self.inner.url().to_owned());
         match fault {
             Some(Fault::Fail) => Err(self.gone(op, key)),
-            Some(Fault::Full) if matches!(op, "put" | "swap") => {
-                Err(StoreError::Full { doing: format!("{op} {key}") })
+            Some(Fault::Full) if matches!(op, "put" | "swap") => Err(StoreError::Full { doing: doing() }),
+            Some(Fault::Deny) => {
+                Err(StoreError::Denied { doing: doing(), store: store(), why: "injected fault".into() })
+            }
+            Some(Fault::Archive) if op == "get" => {
+                Err(StoreError::Archived { doing: doing(), store: store(), why: "injected fault".into() })
             }
             other => Ok(other),
         }

@@ -8,7 +8,7 @@ use dormouse_core::{
     section::Extent,
 };
 
-use super::{Examination, Findings, Need, VerifyDepth, Wanted, reason};
+use super::{Examination, Findings, Need, VerifyDepth, Wanted};
 use crate::{
     error::{Result, StoreError},
     parallel::each,
@@ -78,15 +78,12 @@ impl Examination {
     }
 
     /// Notes what a page map needs.
-    fn note_map(&mut self, key: &str, map: &Map, read: Result<Section>) -> Result<()> {
+    fn note_map(&mut self, store: &Store, map: &Map, read: Result<Section>) -> Result<()> {
+        let key = &store.keys.pack(map.pack.id);
         let users = || map.uses.iter().map(|of| of.me);
         let section = match read {
             Ok(section) => section,
-            Err(e) if e.is_retryable() => return Err(e),
-            Err(e) => {
-                self.findings.add(key, &reason(&e), users());
-                return Ok(());
-            }
+            Err(e) => return self.findings.note(store, key, e, users()),
         };
         let mut who = Vec::new();
         for of in &map.uses {
@@ -133,7 +130,7 @@ impl Store {
         };
         store.side_by_side(maps.into_values().collect(), read, |(map, section)| {
             keep()?;
-            found.note_map(&self.keys.pack(map.pack.id), &map, section)
+            found.note_map(self, &map, section)
         })?;
         let Examination { report, findings, wanted, .. } = &mut found;
         progress.begin(wanted.values().map(|w| w.pack.object_bytes()).sum());
@@ -172,11 +169,16 @@ impl Store {
                     names.push(name.to_string());
                     findings.add(&key, &why, [0]);
                 }
-                Err(e) => return Err(e),
+                Err(e) => {
+                    // One of a keyring concerns the whole domain.
+                    self.settle()?;
+                    names.push(name.to_string());
+                    findings.note(self, &self.keys.reference(&self.domain, name), e, [0])?;
+                }
             },
             None => {
                 if let Some(why) = self.check_identity()? {
-                    findings.add(&self.keys.identity(), &reason(&why), []);
+                    findings.note(self, &self.keys.identity(), why, [])?;
                 }
                 for domain in self.unopened_domains()? {
                     findings.add(
@@ -185,10 +187,10 @@ impl Store {
                         [],
                     );
                 }
-                let all = self.references()?;
-                for (key, error) in &all.bad {
-                    names.push(key.rsplit('/').next().unwrap_or(key).to_owned());
-                    findings.add(key, &reason(error), [names.len() - 1]);
+                let all = self.readable_references()?;
+                for (key, error) in all.bad.into_iter().chain(all.unreadable) {
+                    names.push(key.rsplit('/').next().unwrap_or(&key).to_owned());
+                    findings.note(self, &key, error, [names.len() - 1])?;
                 }
                 references = all.good;
             }
@@ -211,11 +213,7 @@ impl Store {
         let key = self.keys.root(reference.root);
         let root = match root {
             Ok(root) => root,
-            Err(e) if e.is_retryable() => return Err(e),
-            Err(e) => {
-                found.findings.add(&key, &reason(&e), [me]);
-                return Ok(());
-            }
+            Err(e) => return found.findings.note(self, &key, e, [me]),
         };
         found.report.checked_bytes += u64::from(reference.root_bytes);
         if root.snapshot_id(&self.domain) != reference.snapshot {

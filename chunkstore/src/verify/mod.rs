@@ -5,10 +5,12 @@ mod lost;
 mod packs;
 mod remap;
 mod repair;
+mod unreadable;
 mod work;
 
 pub use self::lost::Source;
 pub use self::repair::{RepairOptions, RepairReport, Repaired};
+pub use self::unreadable::{Unreadable, UnreadableKind};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -52,12 +54,14 @@ pub struct VerifyReport {
     pub checked_bytes: u64,
     /// What is wrong; empty if nothing is.
     pub damages: Vec<Damage>,
+    /// What cannot be read, and so was not checked; empty if everything can.
+    pub unreadable: Vec<Unreadable>,
 }
 
 impl VerifyReport {
-    /// Whether nothing is wrong.
+    /// Whether nothing is wrong, and everything was checked.
     pub fn is_clean(&self) -> bool {
-        self.damages.is_empty()
+        self.damages.is_empty() && self.unreadable.is_empty()
     }
 }
 
@@ -96,21 +100,24 @@ struct Examination {
 }
 
 impl Examination {
-    /// Packs with which anything is wrong.
+    /// Packs with which anything is wrong. What cannot be read is left alone.
     fn bad_packs(&self) -> BTreeSet<PackId> {
         let objects = self.findings.damages.keys().map(|(object, _)| object);
+        let objects = objects.filter(|object| !self.findings.unreadable.contains_key(*object));
         let packs = objects.filter(|object| object.contains("/packs/"));
         packs.filter_map(|object| PackId::from_hex(object.rsplit('/').next()?)).collect()
     }
 
     fn finish(mut self) -> VerifyReport {
         let name = |i: usize| self.names.get(i).cloned();
-        let damage = |((object, why), hurts): ((String, String), BTreeSet<usize>)| Damage {
-            object,
-            why,
-            hurts: hurts.into_iter().filter_map(name).collect(),
-        };
-        self.report.damages = self.findings.damages.into_iter().map(damage).collect();
+        let names = |hurts: BTreeSet<usize>| hurts.into_iter().filter_map(name).collect();
+        let damages = self.findings.damages.into_iter();
+        self.report.damages =
+            damages.map(|((object, why), hurts)| Damage { object, why, hurts: names(hurts) }).collect();
+        let unreadable = self.findings.unreadable.into_iter();
+        self.report.unreadable = unreadable
+            .map(|(object, (kind, why, hurts))| Unreadable { object, kind, why, hurts: names(hurts) })
+            .collect();
         self.report
     }
 }
@@ -119,12 +126,17 @@ impl Examination {
 struct Findings {
     /// (object, why) -> indices of snapshots.
     damages: BTreeMap<(String, String), BTreeSet<usize>>,
+    /// object -> why it cannot be read, and indices of snapshots.
+    unreadable: BTreeMap<String, (UnreadableKind, String, BTreeSet<usize>)>,
 }
 
 impl Findings {
     fn merge(&mut self, other: Findings) {
         for (damage, hurts) in other.damages {
             self.damages.entry(damage).or_default().extend(hurts);
+        }
+        for (object, (kind, why, hurts)) in other.unreadable {
+            self.unreadable.entry(object).or_insert((kind, why, BTreeSet::new())).2.extend(hurts);
         }
     }
 
@@ -135,7 +147,7 @@ impl Findings {
 
 impl Store {
     /// Checks one snapshot or all of them, and with all of them also objects that nothing refers to. Reports what is
-    /// wrong and goes on; fails only where the store itself does not answer.
+    /// wrong, or cannot be read, and goes on; fails only where the store as a whole cannot be read.
     pub fn verify(
         &self,
         name: Option<&Name>,

@@ -13,7 +13,14 @@ use crate::{error::Result, store::Store};
 impl Store {
     pub(super) fn check_presence(&self, want: &Wanted, findings: &mut Findings) -> Result<u64> {
         let key = self.keys.pack(want.pack.id);
-        match self.backend.head(&key)? {
+        let there = match self.backend.head(&key) {
+            Ok(there) => there,
+            Err(e) => {
+                findings.note(self, &key, e, want.everyone())?;
+                return Ok(0);
+            }
+        };
+        match there {
             None => findings.add(&key, &"it is missing", want.everyone()),
             Some(bytes) if bytes != want.pack.object_bytes() => {
                 let why = format!("it has {bytes} bytes instead of {}", want.pack.object_bytes());
@@ -28,9 +35,16 @@ impl Store {
     pub(super) fn check_pack(&self, want: &Wanted, findings: &mut Findings) -> Result<u64> {
         let key = self.keys.pack(want.pack.id);
         // One byte more shows that there is more.
-        let Some(object) = self.backend.get(&key, Some(0..want.pack.object_bytes() + 1))? else {
-            findings.add(&key, &"it is missing", want.everyone());
-            return Ok(0);
+        let object = match self.backend.get(&key, Some(0..want.pack.object_bytes() + 1)) {
+            Ok(Some(object)) => object,
+            Ok(None) => {
+                findings.add(&key, &"it is missing", want.everyone());
+                return Ok(0);
+            }
+            Err(e) => {
+                findings.note(self, &key, e, want.everyone())?;
+                return Ok(0);
+            }
         };
         match check_object(&self.domain, want.pack.id, &object) {
             Ok((footer, damaged)) => self.check_frames(want, &key, &object, &footer, &damaged, findings),

@@ -3,17 +3,19 @@
 //! Nothing is overwritten and no snapshot changes its identity: as in repacking, frames go into new packs, page maps and
 //! roots that refer to them are written anew, and references move by compare-and-swap. A damaged pack is left by all who
 //! needed it, with what is still whole in it, and becomes garbage. Only a root goes back under its own name, which is the
-//! hash of its bytes. The collector's lease is held meanwhile.
+//! hash of its bytes. What cannot be read is left alone: it may be whole. The collector's lease is held meanwhile.
 
 use std::{
     collections::{BTreeSet, HashMap},
     path::PathBuf,
 };
 
-use dormouse_core::{Name, RootId};
+use dormouse_core::{Name, Reference, RootId, root};
 use serde::Serialize;
 
-use super::{Damage, Examination, VerifyDepth, VerifyReport, lost::Source, reason, work::Work};
+use super::{
+    Damage, Examination, VerifyDepth, VerifyReport, lost::Source, reason, unreadable::is_damage, work::Work,
+};
 use crate::{
     error::Result, gc::lease::Held, index::Index, progress::Progress, snapshot::Snapshot, store::Store,
 };
@@ -65,7 +67,7 @@ impl Store {
     /// itself, this host's cache, other packs, resume streams, and the files in `options`.
     ///
     /// # Errors
-    /// Where the store does not answer, and [`StoreError::Busy`](crate::StoreError::Busy) while garbage is being collected. What cannot be
+    /// Where the store as a whole cannot be read, and [`StoreError::Busy`](crate::StoreError::Busy) while garbage is being collected. What cannot be
     /// repaired is no error: it is in the report.
     pub fn repair(
         &self,
@@ -96,7 +98,7 @@ impl Store {
         held: &mut Held<'_>,
     ) -> Result<()> {
         if name.is_none()
-            && let Some(why) = self.check_identity()?
+            && let Some(why) = self.check_identity()?.filter(is_damage)
         {
             // What it says is of no weight; that it is there is.
             self.write_identity(true)?;
@@ -117,36 +119,51 @@ impl Store {
         Ok(())
     }
 
-    /// Puts back roots that resume streams have a copy of.
+    /// Puts back roots that are whole but for what follows them, or that resume streams have a copy of.
     fn restore_roots(&self, name: Option<&Name>, report: &mut RepairReport) -> Result<()> {
         let references = match name {
             Some(name) => {
                 self.reference(name).ok().and_then(|(reference, _)| reference).into_iter().collect()
             }
-            None => self.references()?.good,
+            None => self.readable_references()?.good,
         };
         for reference in references {
             let why = match self.read_root(reference.root, Some(&reference.name)) {
-                Err(why) if why.is_retryable() => return Err(why),
-                Err(why) => why,
+                Err(why) if is_damage(&why) => why,
+                Err(why) => {
+                    self.of_one_object(why)?;
+                    continue;
+                }
                 Ok(_) => continue,
             };
-            let Ok(resume) = self.open_resume(&reference.name) else { continue };
-            // The bytes that the stream carries, and not the same root encoded once more: another version made others of it.
-            let object = resume.stream.map(|stream| stream.into_root_object()).unwrap_or_default();
-            if RootId::of(&object) != reference.root {
-                continue;
-            }
+            let Some((object, source)) = self.copy_of_root(&reference)? else { continue };
             let key = self.keys.root(reference.root);
             report.new_objects += 1;
             report.new_bytes += object.len() as u64;
             self.put_content(&key, object)?;
             let hurts = vec![reference.name.to_string()];
             report.found.push(Damage { object: key.clone(), why: reason(&why), hurts });
-            let sources = BTreeSet::from([Source::ResumeStream]);
+            let sources = BTreeSet::from([source]);
             report.repaired.push(Repaired { object: key, sources, ..Default::default() });
         }
         Ok(())
+    }
+
+    /// The bytes of a damaged root, from wherever they can be had.
+    fn copy_of_root(&self, reference: &Reference) -> Result<Option<(Vec<u8>, Source)>> {
+        let bytes = u64::from(reference.root_bytes).min(root::OBJECT_BYTES_MAX);
+        let start = match self.backend.get(&self.keys.root(reference.root), Some(0..bytes)) {
+            Ok(start) => start.unwrap_or_default(),
+            Err(why) if why.is_retryable() => return Err(why),
+            Err(_) => Default::default(),
+        };
+        if RootId::of(&start) == reference.root {
+            return Ok(Some((start.into(), Source::SameObject)));
+        }
+        let Ok(resume) = self.open_resume(&reference.name) else { return Ok(None) };
+        // The bytes that the stream carries, and not the same root encoded once more: another version made others of it.
+        let object = resume.stream.map(|stream| stream.into_root_object()).unwrap_or_default();
+        Ok((RootId::of(&object) == reference.root).then_some((object, Source::ResumeStream)))
     }
 
     /// Repairs what can be; whether any snapshot is better off than before.
@@ -160,13 +177,21 @@ impl Store {
         let bad = found.bad_packs();
         let mut work = Work::new(self, &bad);
         let mut hurt = BTreeSet::new();
+        let mut is_all_read = found.findings.unreadable.is_empty();
         for want in bad.iter().filter_map(|id| found.wanted.get(id)) {
-            self.salvage(want, &mut work)?;
+            is_all_read &= self.salvage(want, &mut work)?;
             hurt.extend(want.everyone());
         }
         let mut snapshots = Vec::new();
         for reference in hurt.iter().filter_map(|me| found.references.get(me)) {
-            let root = self.read_root(reference.root, Some(&reference.name))?;
+            let root = match self.read_root(reference.root, Some(&reference.name)) {
+                Ok(root) => root,
+                Err(e) => {
+                    self.of_one_object(e)?;
+                    is_all_read = false;
+                    continue;
+                }
+            };
             snapshots.push(Snapshot::new(self.without_disk(), reference.clone(), root));
         }
         let incomplete = self.find_lost_frames(&snapshots, options, &mut work)?;
@@ -205,8 +230,11 @@ impl Store {
                 }
             }
         }
-        // Of a pack that not everything was had back of, the index may know what is still to be looked for.
-        Index::open(self.cache_dir()).forget(&bad.difference(&incomplete).copied().collect());
+        // Of a pack that not everything was had back of, the index may know what is still to be looked for. What page maps need
+        // that cannot be read, nobody knows.
+        if is_all_read {
+            Index::open(self.cache_dir()).forget(&bad.difference(&incomplete).copied().collect());
+        }
         Ok(moved)
     }
 }

@@ -41,9 +41,17 @@ pub(super) struct Work<'a> {
 }
 
 impl Store {
-    /// Takes what is still whole in a damaged pack or cached on this host, and notes what is lost.
-    pub(super) fn salvage(&self, want: &Wanted, work: &mut Work<'_>) -> Result<()> {
-        let object = self.backend.get(&self.keys.pack(want.pack.id), Some(0..want.pack.object_bytes()))?;
+    /// Takes what is still whole in a damaged pack or cached on this host, and notes what is lost. Whether that can be
+    /// told: of a pack that cannot be read, nothing is lost as far as anybody knows.
+    pub(super) fn salvage(&self, want: &Wanted, work: &mut Work<'_>) -> Result<bool> {
+        let object = self.backend.get(&self.keys.pack(want.pack.id), Some(0..want.pack.object_bytes()));
+        let object = match object {
+            Ok(object) => object,
+            Err(e) => {
+                self.of_one_object(e)?;
+                return Ok(false);
+            }
+        };
         let range = want.pack.footer_range();
         let footer = object.as_ref().and_then(|o| o.get(range.start as usize..range.end as usize));
         let footer = footer.and_then(|f| PackFooter::decode(&self.domain, want.pack.id, f).ok());
@@ -66,7 +74,7 @@ impl Store {
                 None => work.lost.push(lost),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Looks everywhere for what is lost; gives the packs of what was not found.

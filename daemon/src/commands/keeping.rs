@@ -116,7 +116,9 @@ fn open(wanted: &KeptSnapshot, store: &Store) -> Result<Snapshot, Failure> {
         match kept_snapshot::open(wanted, store) {
             Ok(snapshot) => return Ok(snapshot),
             Err(OpenKeptError::Store(
-                error @ (StoreError::Unavailable { .. } | StoreError::Denied { .. }),
+                error @ (StoreError::Unavailable { .. }
+                | StoreError::Denied { .. }
+                | StoreError::Archived { .. }),
             )) => {
                 tracing::warn!(name = wanted.name, %error, "a kept VM waits for the store");
                 std::thread::sleep(STORE_INTERVAL);

@@ -99,11 +99,18 @@ fn print_text(out: &mut dyn Write, report: &VerifyReport) -> io::Result<()> {
         let hurts = if damage.hurts.is_empty() { "no snapshot".into() } else { damage.hurts.join(", ") };
         writeln!(out, "{}: {}\n  hurts {hurts}", damage.object, damage.why)?;
     }
-    let VerifyReport { snapshots, objects, checked_bytes, damages } = report;
+    for unreadable in &report.unreadable {
+        let hurts =
+            if unreadable.hurts.is_empty() { "no snapshot".into() } else { unreadable.hurts.join(", ") };
+        writeln!(out, "{}: not checked: {}\n  hurts {hurts}", unreadable.object, unreadable.why)?;
+    }
+    let VerifyReport { snapshots, objects, checked_bytes, damages, unreadable } = report;
     let checked = human::bytes(*checked_bytes);
-    let verdict = match damages.len() {
-        0 => "nothing is damaged".into(),
-        n => format!("{n} found"),
+    let verdict = match (damages.len(), unreadable.len()) {
+        (0, 0) => "nothing is damaged".into(),
+        (n, 0) => format!("{n} found"),
+        (0, m) => format!("nothing else is damaged, {m} could not be read"),
+        (n, m) => format!("{n} found, {m} could not be read"),
     };
     writeln!(out, "checked {snapshots} snapshots, {objects} objects, {checked}: {verdict}")
 }

@@ -45,6 +45,11 @@ pub(crate) const CODES: &[Code] = &[
     ("key", 500, "give the daemon a key it can read"),
     ("too_new", 500, "upgrade the daemon"),
     ("denied", 403, "permit it, to the daemon's user or credentials"),
+    (
+        "archived",
+        403,
+        "restore the object from the archive tier, and let no lifecycle rule move objects there",
+    ),
     ("full", 507, "make room"),
     ("file", 500, "see that the daemon's user may use that path"),
     ("changed", 409, "stop what writes to that file while its machine stands still, then ask again"),
