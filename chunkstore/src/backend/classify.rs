@@ -16,6 +16,8 @@ const NO_STORE: &[&str] = &["NoSuchBucket", "ContainerNotFound", "The specified 
 const NO_ROOM: &[&str] = &["QuotaExceeded", "StorageFull", "InsufficientStorage"];
 /// The credentials are too old or none. Some stores say so with the status of a malformed request.
 const NO_RIGHT: &[&str] = &["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId"];
+/// How the client tells of such answers to requests that are not of one object, such as listings.
+const NO_RIGHT_STATUS: &[&str] = &["status code: 401", "status code: 403"];
 /// The object was moved to an archive tier: S3, Azure.
 const ARCHIVED: &[&str] = &["InvalidObjectState", "BlobArchived"];
 /// The bucket is in another region, or at another endpoint.
@@ -64,7 +66,7 @@ pub(super) fn classify(url: &str, doing: String, error: &OsError, worked: bool) 
         why.insert_str(0, "no credentials were given, and this machine has none of its own: ");
         return StoreError::Denied { doing, store, why };
     }
-    let is_denied = says(NO_RIGHT) || io.is_some_and(is_denied);
+    let is_denied = says(NO_RIGHT) || says(NO_RIGHT_STATUS) || io.is_some_and(is_denied);
     match error {
         OsError::PermissionDenied { .. } | OsError::Unauthenticated { .. } => {
             StoreError::Denied { doing, store, why }

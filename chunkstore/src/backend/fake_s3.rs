@@ -257,8 +257,12 @@ fn get(bytes: &Bytes, version: u64, written: u64, range: Option<&str>, is_head: 
 }
 
 fn list(state: &State, url: &url::Url) -> HttpResponse {
-    let prefix =
-        url.query_pairs().find(|(name, _)| name == "prefix").map(|(_, p)| p.into_owned()).unwrap_or_default();
+    let asked =
+        |what: &str| url.query_pairs().find(|(name, _)| name == what).map(|(_, value)| value.into_owned());
+    let prefix = asked("prefix").unwrap_or_default();
+    if asked("delimiter").is_some() {
+        return folders(state, &prefix);
+    }
     let shown = state.objects.iter().filter(|(key, _)| {
         key.starts_with(&prefix) && state.faults.hides.is_none_or(|hidden| !key.ends_with(hidden))
     });
@@ -271,6 +275,17 @@ fn list(state: &State, url: &url::Url) -> HttpResponse {
                 bytes.len()
             )
         })
+        .collect();
+    reply(200, &format!("<ListBucketResult><Name>bucket</Name>{shown}</ListBucketResult>"))
+}
+
+/// What a listing with a delimiter gives: the next parts of keys, each once.
+fn folders(state: &State, prefix: &str) -> HttpResponse {
+    let below = state.objects.keys().filter_map(|key| key.strip_prefix(prefix)?.split_once('/'));
+    let folders: std::collections::BTreeSet<&str> = below.map(|(folder, _)| folder).collect();
+    let shown: String = folders
+        .iter()
+        .map(|folder| format!("<CommonPrefixes><Prefix>{prefix}{folder}/</Prefix></CommonPrefixes>"))
         .collect();
     reply(200, &format!("<ListBucketResult><Name>bucket</Name>{shown}</ListBucketResult>"))
 }

@@ -57,6 +57,8 @@ pub(super) struct Flow<'a> {
 pub(super) struct Chosen {
     choice: Choice,
     files: CaptureFiles,
+    /// Firecracker opens the files there: it stays until they are written.
+    jail: Option<Jail>,
 }
 
 /// A guest that was captured.
@@ -118,7 +120,7 @@ impl<'a> Flow<'a> {
         match prepared {
             Ok((choice, files)) => {
                 flow.traced.over("check");
-                Ok(Step::Next((flow, Chosen { choice, files })))
+                Ok(Step::Next((flow, Chosen { choice, files, jail })))
             }
             Err(failure) => {
                 flow.withdraw();
@@ -129,7 +131,7 @@ impl<'a> Flow<'a> {
 
     /// Pauses the guest and has Firecracker write it down.
     pub(super) fn capture(mut self, chosen: Chosen) -> Result<(Self, Captured), Failure> {
-        let Chosen { choice, files } = chosen;
+        let Chosen { choice, files, jail } = chosen;
         let check_us = micros(self.begun.elapsed());
         // Before the capture, for which Firecracker touches pages of its own accord.
         let session = self.tracking.session_of(&self.process);
@@ -142,6 +144,7 @@ impl<'a> Flow<'a> {
         let killed_before = groups.killed();
         let keep_running = self.args.keep_running;
         let captured = capture::capture(&self.api, choice.kind, self.note.was_running, keep_running, files);
+        drop(jail);
         let capture = match captured {
             Ok(capture) => capture,
             Err(error) => {

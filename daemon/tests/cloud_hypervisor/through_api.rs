@@ -58,7 +58,7 @@ fn what_can_be_refused_is_refused_before_the_guest_is_touched() {
     assert!(said.contains("a VM is already created"), "{said}");
     let again = scene.dormouse("home", &["standby", "cloud-hypervisor", "vm", "--api-socket", &vmm.api()]);
     let mut again = again;
-    assert_eq!(again.output().unwrap().status.code(), Some(2), "the name is taken");
+    assert_eq!(again.output().unwrap().status.code(), Some(1), "the name is taken");
     // One without a VM has nothing to send.
     let empty = scene.vmm("empty", false);
     let said = scene.fails(&["standby", "cloud-hypervisor", "other", "--api-socket", &empty.api()]);

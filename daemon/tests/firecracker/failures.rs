@@ -146,7 +146,7 @@ fn what_can_be_refused_is_refused_before_the_guest_is_touched() {
     let machine = scene.boot(false);
     let arguments = ["standby", "firecracker", "--api-socket", &scene.text("boot.sock"), "vm"];
     let output = scene.dormouse("home", &arguments).output().unwrap();
-    assert_eq!(output.status.code(), Some(2), "the name is taken");
+    assert_eq!(output.status.code(), Some(1), "the name is taken");
     machine.console.goes_on(1);
     // A resume of what is not there ends the Firecracker it started.
     let arguments = ["resume", "firecracker", "nobody", "--firecracker", scene.binary()];
