@@ -1,18 +1,14 @@
 //! The dedup index: which page this host knows to be stored where.
 //!
 //! A cache and nothing more: it may be deleted, it may be behind, and what it says of packs that were collected
-//! since is found out before an import is acknowledged. Kept in an embedded database; where another process has
-//! that open, or it is damaged, in memory. Each entry carries a checksum of its own, because nobody looks at a page again
+//! since is found out before an import is acknowledged. Kept in an embedded database, which all of a process share;
+//! where another process has that open, or it cannot be opened now, in memory. Each entry carries a checksum of its own, because nobody looks at a page again
 //! that an entry says is stored already: one wrong bit would give a snapshot another page.
 
 use std::{
     collections::{HashMap, HashSet},
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    path::Path,
+    sync::{Mutex, PoisonError},
 };
 
 use dormouse_core::{
@@ -22,74 +18,20 @@ use dormouse_core::{
 };
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
+use self::on_disk::Handle;
+
+mod on_disk;
+
 const CHUNKS: TableDefinition<'_, [u8; 32], &[u8]> = TableDefinition::new("chunks-v2");
 const PACKS: TableDefinition<'_, [u8; 32], ()> = TableDefinition::new("packs-v2");
 
 /// Bytes of an entry's checksum, over the chunk id as well.
 const CHECKSUM_BYTES: usize = 8;
-/// Bytes the database may keep in memory.
-const DATABASE_CACHE_BYTES: usize = 24 << 20;
 
 #[derive(Debug)]
 pub(crate) struct Index {
-    database: Option<OnDisk>,
+    database: Option<Handle>,
     memory: Mutex<Memory>,
-}
-
-/// The database, as long as it is of use.
-#[derive(Debug)]
-struct OnDisk {
-    database: Option<Database>,
-    path: PathBuf,
-    damaged: AtomicBool,
-}
-
-impl OnDisk {
-    fn open(dir: &Path) -> Result<Self, String> {
-        std::fs::create_dir_all(dir).map_err(|e| format!("making {}: {e}", dir.display()))?;
-        let path = dir.join("index.redb");
-        let create = || Database::builder().set_cache_size(DATABASE_CACHE_BYTES).create(&path);
-        // Of a damaged file the database may say so in any way, also by panicking.
-        let opened = match catch_unwind(AssertUnwindSafe(create)) {
-            Ok(Ok(database)) => Ok(database),
-            Ok(Err(redb::DatabaseError::DatabaseAlreadyOpen)) => {
-                return Err("another process has it open".into());
-            }
-            Ok(Err(why)) => Err(why.to_string()),
-            Err(_) => Err("it is damaged".into()),
-        };
-        let database = match opened {
-            Ok(database) => database,
-            // Damaged or of another version: it is only a cache, so a new one is as good.
-            Err(first) => {
-                std::fs::remove_file(&path).map_err(|e| format!("{first}; removing it: {e}"))?;
-                create().map_err(|e| format!("{first}; making it anew: {e}"))?
-            }
-        };
-        Ok(OnDisk { database: Some(database), path, damaged: false.into() })
-    }
-
-    /// Asks the database. Once it panicked, which it does where its file is damaged, it is asked no more, and the next to
-    /// open it begins with an empty one.
-    fn ask<T>(&self, ask: impl FnOnce(&Database) -> Option<T>) -> Option<T> {
-        let database = self.database.as_ref().filter(|_| !self.damaged.load(Ordering::SeqCst))?;
-        catch_unwind(AssertUnwindSafe(|| ask(database))).unwrap_or_else(|_| {
-            self.damaged.store(true, Ordering::SeqCst);
-            let removed = std::fs::remove_file(&self.path);
-            tracing::warn!(path = %self.path.display(), ?removed, "the dedup index on disk was damaged");
-            None
-        })
-    }
-}
-
-impl Drop for OnDisk {
-    fn drop(&mut self) {
-        let database = self.database.take();
-        // What it still has to write may meet the damage as well.
-        if catch_unwind(AssertUnwindSafe(|| drop(database))).is_err() {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -104,14 +46,7 @@ struct Memory {
 impl Index {
     /// Opens the index in `dir`, or one in memory.
     pub(crate) fn open(dir: Option<&Path>) -> Self {
-        let database = dir.and_then(|dir| match OnDisk::open(dir) {
-            Ok(database) => Some(database),
-            Err(why) => {
-                tracing::info!(%why, "the dedup index on disk is not usable now, one in memory is used");
-                None
-            }
-        });
-        Index { database, memory: Mutex::default() }
+        Index { database: dir.and_then(Handle::open), memory: Mutex::default() }
     }
 
     fn ask<T>(&self, ask: impl FnOnce(&Database) -> Option<T>) -> Option<T> {
