@@ -6,7 +6,10 @@
 //! (`gc/mod.rs`).
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -29,6 +32,8 @@ const UNSETTLED: &[u8] = b"nobody, after somebody who may be stopped 0";
 
 /// Attempts to give a lease back that is being renewed at the same time.
 const GIVE_BACK_ATTEMPTS: usize = 4;
+/// Times the store's clock is looked at anew, as others delete what was written for it.
+const PROBE_TRIES_MAX: u32 = 8;
 
 /// A moment at which something was found out that may be acted on for half a lease.
 #[derive(Clone, Copy, Debug)]
@@ -152,7 +157,7 @@ impl Store {
         let (body, version) = self.backend.get_versioned(&key)?;
         let inherited = body.is_some();
         if let Some(body) = body.filter(|body| body != UNSETTLED) {
-            self.check_is_free(&key, &Owner::decode(&body))?;
+            self.check_is_free(&key, &body)?;
         }
         let owner = Owner::this_process();
         let body = format!("{owner} 0");
@@ -175,12 +180,20 @@ impl Store {
     }
 
     /// An error unless who has the lease is dead.
-    fn check_is_free(&self, key: &str, owner: &Owner) -> Result<()> {
+    fn check_is_free(&self, key: &str, body: &Bytes) -> Result<()> {
+        let owner = Owner::decode(body);
         if owner.is_dead() {
             tracing::info!(%owner, "who collected garbage is dead; its lease is taken over");
             return Ok(());
         }
-        let taken = self.modified(key)?;
+        let taken = match self.modified(key) {
+            Ok(taken) => taken,
+            Err(why) => {
+                // It was given back or taken since it was read, or the listing leaves it out.
+                let is_still_there = self.backend.get_versioned(key)?.0.as_ref() == Some(body);
+                return Err(if is_still_there { why } else { lost() });
+            }
+        };
         // Whose clock says what: only the store's own times are compared, with a probe written now. Even these may be of two
         // nodes with a clock each.
         let now = self.probe_clock()?;
@@ -239,12 +252,25 @@ impl Store {
         })
     }
 
+    /// The store's clock. A collector that ends meanwhile takes a probe for one that was left behind and deletes it: then
+    /// another one is written.
     fn probe_clock(&self) -> Result<u64> {
-        let key = format!("{}-clock-{}-{}", self.keys.gc_lease(), std::process::id(), now_unix_ms());
-        self.put_mark(&key, Bytes::from_static(b"clock"))?;
-        let now = self.modified(&key);
-        self.backend.delete(&key)?;
-        now
+        /// Probes of this process, so that two at one moment are not one object.
+        static PROBES: AtomicU64 = AtomicU64::new(0);
+        let mut tries_left = PROBE_TRIES_MAX;
+        loop {
+            let number = PROBES.fetch_add(1, Ordering::Relaxed);
+            let (lease, pid) = (self.keys.gc_lease(), std::process::id());
+            let key = format!("{lease}-clock-{pid}-{number}-{}", now_unix_ms());
+            self.put_mark(&key, Bytes::from_static(b"clock"))?;
+            let now = self.modified(&key);
+            tries_left -= 1;
+            if now.is_err() && tries_left > 0 && self.backend.head(&key)?.is_none() {
+                continue;
+            }
+            self.backend.delete(&key)?;
+            return now;
+        }
     }
 }
 
